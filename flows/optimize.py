@@ -1,0 +1,60 @@
+"""Make a model cheaper to serve, prove that it still answers well, and register the best of what passed."""
+
+import time
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+from flows.check import obstacles
+from flows.judging import judge_candidates
+from flows.outcome import Outcome
+from flows.pipeline import pipeline
+from flows.recipe import Recipe
+from flows.reporting import description, publish_report, report_data
+from flows.running import Runner
+from infra.console import console
+from infra.tracking import end_flow, run_url, start_flow
+from tasks.register import register
+
+
+@flow(name="optimize", flow_run_name="optimize-{recipe.name}", persist_result=False)
+def optimize(recipe: Recipe) -> Outcome:
+    """Run the recipe: every candidate made, compiled, measured and judged; the best accepted one registered.
+
+    Args:
+        recipe: What to make of which model.
+
+    Raises:
+        ValueError: this machine cannot do what the recipe asks for; said before anything heavy starts.
+    """
+    if reasons := obstacles(recipe):
+        raise ValueError("This machine cannot run the recipe: " + " ".join(reasons))
+    parent = start_flow(f"optimize {recipe.name}", recipe_json=recipe.model_dump_json(indent=1), tags={})
+    started_at = time.monotonic()
+    try:
+        console.print(f"[bold]{recipe.name}[/] from {recipe.source}")
+        run = Runner(parent)
+        products = pipeline(recipe, run)
+        judgements = judge_candidates(recipe, products)
+        found = report_data(recipe, products, judgements, run.records, parent)
+        version = None
+        if found.winner and recipe.register_as:
+            version = register(
+                recipe.register_as,
+                products.bundles[found.winner],
+                parent=parent,
+                verdict=judgements[found.winner].verdict,
+                tags={"candidate": found.winner, "recipe": recipe.name},
+                description=description(found),
+            )
+        outcome = publish_report(found, version, parent, elapsed_s=time.monotonic() - started_at)
+    except BaseException as error:
+        end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    end_flow(parent, "FINISHED", outcome.metrics())
+    create_link_artifact(key="mlflow-run", link=run_url(parent.run_id, parent.experiment), description="MLflow run")
+    create_link_artifact(
+        key="report", link=outcome.report.as_uri(), link_text=outcome.report.name, description="The whole report"
+    )
+    create_markdown_artifact(key="verdicts", markdown=outcome.markdown(), description="Verdict per candidate")
+    return outcome

@@ -1,0 +1,79 @@
+"""What a flow run came to, and how a terminal and the Prefect page show it."""
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from infra.registry import Version
+from infra.tracking import tracking_uri
+from tasks.validation.report import ReportData, lines, terminal_table
+from tasks.validation.statistics import Estimate
+
+TABLE_WIDTH = 128
+"""Columns that the table needs; a narrower terminal wraps its lines, which still reads better than folded names."""
+
+
+class Outcome(BaseModel, frozen=True):
+    """Everything that a flow run found, and where it is kept."""
+
+    data: ReportData
+    version: Version | None
+    report: Path
+    parent_run_id: str
+
+    @property
+    def accepted(self) -> bool:
+        """Whether at least one candidate kept every limit."""
+        return self.data.winner is not None
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the whole run, for comparing runs with each other."""
+        verdicts = [row.judgement.verdict for row in self.data.rows if row.judgement]
+        found = {f"num_{name.lower()}": float(verdicts.count(name)) for name in ("ACCEPT", "REJECT", "INCONCLUSIVE")}
+        for line in lines(self.data):
+            if line.row.name != self.data.winner:
+                continue
+            found["winner.size_bytes"] = float(line.row.size_bytes)
+            if line.perplexity:
+                found["winner.perplexity"] = line.perplexity.value
+            if line.speed:
+                found["winner.tpot_ms"] = line.speed.tpot_ms.p50.value
+                found["winner.ttft_ms"] = line.speed.ttft_ms.p50.value
+        return found
+
+    def markdown(self) -> str:
+        """The verdicts as a table for the Prefect page."""
+        rows = ["| candidate | size MiB | perplexity | TTFT ms | TPOT ms | verdict |", "|---|---|---|---|---|---|"]
+        for line in lines(self.data):
+            verdict = line.row.judgement.verdict if line.row.judgement else line.row.status
+            ttft = _cell(line.speed.ttft_ms.p50 if line.speed else None)
+            tpot = _cell(line.speed.tpot_ms.p50 if line.speed else None)
+            size_mib = line.row.size_bytes / 2**20
+            rows.append(
+                f"| {line.row.name} | {size_mib:.1f} | {_cell(line.perplexity)} | {ttft} | {tpot} | {verdict} |"
+            )
+        return "\n".join(rows)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.value:.4g}"
+
+
+def show(outcome: Outcome) -> None:
+    """Print the table, and where to find the rest."""
+    out = Console(highlight=False)
+    out = Console(highlight=False, width=max(out.width, TABLE_WIDTH))
+    out.print(terminal_table(outcome.data))
+    out.print(f"report      {outcome.report}", soft_wrap=True)
+    out.print(f"figures     {outcome.report.with_suffix('.json')}", soft_wrap=True)
+    if outcome.version:
+        version = outcome.version
+        out.print(f"registered  {version.model} version {version.version}: {version.uri}", soft_wrap=True)
+        serve = f"mlflow models serve -m {version.uri} --env-manager local"
+        path = f"PATH={Path(sys.executable).parent}:$PATH"  # MLflow looks for uvicorn there
+        out.print(f"serve it    {path} MLFLOW_TRACKING_URI={tracking_uri()} {serve}", soft_wrap=True, markup=False)
+    else:
+        out.print(f"registered  nothing. {outcome.data.register_note}", soft_wrap=True, markup=False)
+    out.print("pages       make up   (Prefect and MLflow in a browser)")

@@ -1,0 +1,111 @@
+"""What a recipe makes, stage by stage. Read this first.
+
+`pipeline` says which stages there are and what flows between them; the `run` it is given says what to do with each:
+run it for real (flows/optimize.py) or only look up whether its result is there already (flows/check.py). So it never
+looks inside a result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flows.recipe import Candidate, Recipe
+from infra.tracking import StageResult
+from tasks.checkpoint import fingerprint, import_checkpoint
+from tasks.compile import compile_engine
+from tasks.data import prepare_data
+from tasks.distill import distill, recover
+from tasks.engines import label
+from tasks.prune import prune
+from tasks.quantize import quantize
+from tasks.validate import measure_quality, measure_reference, measure_speed
+
+Run = Callable[..., StageResult]
+"""run(task, label, **arguments) -> the stage's result; `label` names the candidate for people."""
+
+ORIGINAL = "original"
+
+
+@dataclass
+class Products:
+    """Everything a recipe makes. Bundles and what was measured of them go by "candidate/engine"."""
+
+    original: StageResult
+    data: StageResult
+    reference: StageResult
+    checkpoints: dict[str, StageResult] = field(default_factory=dict)
+    bundles: dict[str, StageResult] = field(default_factory=dict)
+    built_only: dict[str, StageResult] = field(default_factory=dict)
+    quality: dict[str, StageResult] = field(default_factory=dict)
+    speed: StageResult | None = None
+
+
+def pipeline(recipe: Recipe, run: Run) -> Products:
+    """Make and measure every candidate of `recipe`, and the unchanged model in the same engines beside them."""
+    original = run(import_checkpoint, ORIGINAL, source=recipe.source, source_fingerprint=fingerprint(recipe.source))
+    data = run(
+        prepare_data,
+        "",
+        checkpoint=original,
+        data=recipe.data,
+        data_fingerprint=recipe.data.fingerprint(),
+        seed=recipe.seed,
+    )
+    quality, speed = recipe.validation.quality, recipe.validation.speed
+    reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=quality)
+    products = Products(original, data, reference)
+
+    for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
+        checkpoint = _compress(name, candidate, recipe, original, data, run)
+        products.checkpoints[name] = checkpoint
+        engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
+        for engine in engines:
+            key = f"{name}/{label(engine)}"
+            bundle = run(compile_engine, key, checkpoint=checkpoint, data=data, engine=engine)
+            if not engine.executable:
+                products.built_only[key] = bundle
+                continue
+            products.bundles[key] = bundle
+            products.quality[key] = run(
+                measure_quality, key, bundle=bundle, reference=reference, data=data, options=quality
+            )
+    if speed and products.bundles:
+        products.speed = run(
+            measure_speed,
+            "",
+            bundles=products.bundles,
+            baselines=_baselines(products.bundles),
+            original=original,
+            data=data,
+            options=speed,
+        )
+    return products
+
+
+def _compress(
+    name: str, candidate: Candidate, recipe: Recipe, original: StageResult, data: StageResult, run: Run
+) -> StageResult:
+    checkpoint = original
+    if candidate.distillation:
+        checkpoint = run(distill, name, teacher=checkpoint, data=data, options=candidate.distillation, seed=recipe.seed)
+    if candidate.pruning:
+        unpruned = checkpoint
+        checkpoint = run(prune, name, checkpoint=checkpoint, data=data, method=candidate.pruning)
+        if candidate.recovery:
+            checkpoint = run(
+                recover,
+                name,
+                checkpoint=checkpoint,
+                teacher=unpruned,
+                data=data,
+                options=candidate.recovery,
+                seed=recipe.seed,
+            )
+    if candidate.quantization:
+        checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=candidate.quantization)
+    return checkpoint
+
+
+def _baselines(bundles: dict[str, StageResult]) -> dict[str, str]:
+    """For each candidate's bundle, that of the unchanged model in the same engine."""
+    found = {key: f"{ORIGINAL}/{key.split('/', 1)[1]}" for key in bundles}
+    return {key: baseline for key, baseline in found.items() if baseline in bundles and baseline != key}

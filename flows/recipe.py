@@ -1,0 +1,156 @@
+"""Recipe: what to make of which model, as one strict pydantic model; the schema of recipes/*.yaml.
+
+A recipe names a source model, data, and candidates. Each candidate is a chain of optional stages in the order the
+subject dictates (distillation, pruning, recovery, quantization), compiled for each engine and judged against limits.
+Candidates that begin alike share those stages: a stage with the same inputs and options runs once.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from flows.explain import explain
+from tasks.calibration.corpora import Data
+from tasks.distillation import Distillation, Recovery
+from tasks.engines import Engine, label
+from tasks.pruning import PruningMethod
+from tasks.quantization import QuantizationMethod
+from tasks.validation import Limits, Quality, Speed, unmeasurable
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+RESERVED_NAMES = ("original", "pytorch")
+
+
+class Candidate(BaseModel, frozen=True, extra="forbid"):
+    """One way to make the model cheaper."""
+
+    distillation: Distillation | None = Field(None, description="Make a smaller student and train it on the model.")
+    pruning: PruningMethod | None = Field(None, description="Remove weights or structures.")
+    recovery: Recovery | None = Field(None, description="Train the pruned model to recover; needs `pruning`.")
+    quantization: QuantizationMethod | None = Field(None, description="Store weights in fewer bits.")
+    engines: tuple[Engine, ...] | None = Field(None, min_length=1, description="Instead of the recipe's engines.")
+
+    @model_validator(mode="after")
+    def _recovery_follows_pruning(self) -> "Candidate":
+        if self.recovery and not self.pruning:
+            raise ValueError("`recovery` trains a pruned model; add `pruning`, or use `distillation` instead.")
+        return self
+
+
+class Validation(BaseModel, frozen=True, extra="forbid"):
+    """What is measured of every candidate, and the limits it has to keep."""
+
+    quality: Quality = Quality()
+    speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
+    limits: Limits = Limits()
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """What to make of which model."""
+
+    name: Name = Field(description="Names the MLflow experiment; by convention <model>_<target>.")
+    source: str = Field(
+        min_length=1,
+        description="Hub id, checkpoint directory, .gguf file, package:NAME/FILE, models:/NAME@ALIAS, or s3://BUCKET/PREFIX.",
+    )
+    data: Data = Field(Data(), description="Text for training, calibration and evaluation.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    candidates: dict[Name, Candidate] = Field(min_length=1)
+    engines: tuple[Engine, ...] = Field(min_length=1, description="Engines of every candidate that names none.")
+    validation: Validation = Validation()
+    register_as: Name | None = Field(None, description="Registered model that the best accepted candidate joins.")
+
+    @field_validator("candidates")
+    @classmethod
+    def _names_are_free(cls, candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+        for name in candidates:
+            if name in RESERVED_NAMES:
+                raise ValueError(f"{name!r} names the unchanged model, which is always measured; choose another name.")
+        return candidates
+
+    @field_validator("source")
+    @classmethod
+    def _no_stray_space(cls, source: str) -> str:
+        if re.search(r"^\s|\s$", source):
+            raise ValueError(f"the source begins or ends with a space: {source!r}")
+        return source
+
+    @model_validator(mode="after")
+    def _limits_can_be_judged(self) -> "Recipe":
+        problems = unmeasurable(self.validation.limits, self.validation.speed)
+        if problems:
+            raise ValueError(" ".join(problems))
+        if self.register_as and not self.validation.limits.metrics():
+            raise ValueError("`register_as` needs a limit in validation.limits: nothing is accepted unjudged.")
+        for name, candidate in self.candidates.items():
+            engines = candidate.engines or self.engines
+            kinds = [label(engine) for engine in engines]
+            if len(set(kinds)) < len(kinds):
+                raise ValueError(f"candidate {name!r} lists the same engine twice: {', '.join(kinds)}.")
+        return self
+
+    def engines_of(self, candidate: Candidate) -> tuple[Engine, ...]:
+        """The engines that `candidate` is compiled for."""
+        return candidate.engines or self.engines
+
+    def baseline_engines(self) -> tuple[Engine, ...]:
+        """Engines in which the unchanged model is measured too: every one that a candidate runs in here."""
+        used = [engine for candidate in self.candidates.values() for engine in self.engines_of(candidate)]
+        return tuple({label(engine): engine for engine in used if engine.executable}.values())
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message says where and what is allowed."""
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML, or breaks the schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        shipped = ", ".join(names()) or "none"
+        raise RecipeError(f"There is no recipe {path}. Shipped recipes: {shipped}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe {path} must be a mapping of options; got {type(content).__name__}.")
+    return parse(content, where=str(path))
+
+
+def parse(content: dict[str, object], where: str = "recipe") -> Recipe:
+    """The recipe in a mapping; keys that begin with "x-" hold shared pieces for YAML anchors and are dropped."""
+    options = {k: v for k, v in content.items() if not k.startswith("x-")}
+    try:
+        return Recipe.model_validate(options)
+    except ValidationError as error:
+        raise RecipeError(f"{where} cannot be used:\n{explain(error, Recipe)}") from None
+
+
+def directory() -> Path:
+    """Where the shipped recipes lie: recipes/ of a checkout, or the copy inside the installed package."""
+    root = Path(__file__).parents[1] / "recipes"
+    return root if root.is_dir() else Path(__file__).parent / "_recipes"
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, without .yaml."""
+    return sorted(path.stem for path in directory().glob("*.yaml"))
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one."""
+    path = Path(name_or_path)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    return directory() / f"{name_or_path}.yaml"

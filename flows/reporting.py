@@ -1,0 +1,223 @@
+"""Tell what a flow run did: the facts for the report page and the description of a registered version."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from flows.judging import best, quality_of, speed_of
+from flows.outcome import Outcome
+from flows.pipeline import Products
+from flows.recipe import Candidate, Recipe
+from flows.running import StageRecord
+from infra.hardware import hardware, versions
+from infra.registry import Version
+from infra.settings import settings
+from infra.tracking import RECORDED, Parent, StageResult, flow_links, git_commit, link_report, run_url
+from tasks.calibration.corpora import ROLES
+from tasks.calibration.corpora import describe as describe_corpus
+from tasks.calibration.tokens import load_record
+from tasks.engines import Engine
+from tasks.engines import describe as describe_engine
+from tasks.engines import label as label_of
+from tasks.pruning import Width
+from tasks.validation.limits import Judgement
+from tasks.validation.quality import ReferenceSummary
+from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
+
+CURVES = {"loss": "loss", "perplexity": "perplexity on held-out text"}
+
+
+def report_data(
+    recipe: Recipe,
+    products: Products,
+    judgements: dict[str, Judgement],
+    records: list[StageRecord],
+    parent: Parent,
+) -> ReportData:
+    """All that the report tells of a flow run, but for what comes of it: the registered version, the whole time."""
+    winner = best(products, judgements)
+    return ReportData(
+        title=recipe.name,
+        source=recipe.source,
+        finished_at=datetime.now(UTC),
+        elapsed_s=0.0,
+        original_size_bytes=products.original.artifact.size_bytes,
+        reference=ReferenceSummary.model_validate(products.reference.metrics),
+        rows=tuple(_rows(recipe, products, judgements, parent)),
+        speed=speed_of(products),
+        winner=winner,
+        register_note=_why_not_registered(recipe, winner),
+        stages=tuple(_stage(record, parent) for record in records),
+        curves=tuple(_curves(records)),
+        data_sets=tuple(_data_sets(recipe, products.data)),
+        links=flow_links(parent),
+        command=f"slimline run {recipe.name}",
+        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        git_commit=git_commit(),
+        hardware=hardware(),
+        versions=versions(*RECORDED),
+        notes=tuple(_notes(records)),
+    )
+
+
+def publish_report(data: ReportData, version: Version | None, parent: Parent, *, elapsed_s: float) -> Outcome:
+    """Write the page and its figures under the home, keep them with the MLflow run, and conclude."""
+    registered = f"{version.model} version {version.version}, alias {version.alias}" if version else None
+    data = data.model_copy(update={"registered": registered, "elapsed_s": elapsed_s})
+    directory = settings().home / "reports"
+    directory.mkdir(parents=True, exist_ok=True)
+    page = render(data, directory / f"{data.title}-{parent.run_id[:8]}.html")
+    figures = page.with_suffix(".json")
+    figures.write_text(data.model_dump_json(indent=1))
+    link_report(parent, page, figures)
+    return Outcome(data=data, version=version, report=page, parent_run_id=parent.run_id)
+
+
+def description(data: ReportData) -> str:
+    """What a release team reads on the registered version's page, in Markdown."""
+    told = headline(data)
+    checks = next((row.judgement.checks for row in data.rows if row.name == data.winner and row.judgement), ())
+    lines = [f"**{told.verdict}** {told.sentence}", "", *(f"* {check.sentence}" for check in checks)]
+    return "\n".join(lines)
+
+
+def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], parent: Parent) -> list[Row]:
+    quality = quality_of(products)
+    rows = []
+    for key, bundle in {**products.bundles, **products.built_only}.items():
+        name, label = key.split("/", 1)
+        candidate = recipe.candidates.get(name, Candidate())
+        parity = bundle.metrics.get("parity")
+        rows.append(
+            Row(
+                name=key,
+                candidate=name,
+                engine=describe_engine(_engine(recipe, candidate, label)),
+                steps=_steps(candidate, products, name),
+                status=str(bundle.metrics["status"]),
+                size_bytes=bundle.artifact.size_bytes,
+                quality=quality.get(key),
+                parity=Parity.model_validate({f: parity[f] for f in Parity.model_fields})
+                if isinstance(parity, dict)
+                else None,
+                judgement=judgements.get(key),
+                url=run_url(bundle.run_id, parent.experiment),
+            )
+        )
+    return rows
+
+
+def _engine(recipe: Recipe, candidate: Candidate, label: str) -> Engine:
+    among = (*recipe.engines_of(candidate), *recipe.baseline_engines())
+    return next(engine for engine in among if label_of(engine) == label)
+
+
+def _steps(candidate: Candidate, products: Products, name: str) -> str:
+    """What was done to the model, in a few words."""
+    steps = []
+    if candidate.distillation:
+        steps.append(f"student of {candidate.distillation.student.layers} layers, distilled")
+    if candidate.pruning:
+        steps.append(_pruning_words(candidate.pruning))
+    if candidate.recovery:
+        steps.append("recovered")
+    if candidate.quantization:
+        grid = candidate.quantization.weights
+        granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        steps.append(f"W{grid.bits} {granularity}, {kind}")
+    return "; ".join(steps) or "unchanged"
+
+
+def _pruning_words(method: Any) -> str:
+    if isinstance(method, Width):
+        size = method.intermediate_size
+        return f"FFN width {size}" if size else f"FFN width × {method.keep:g}"
+    return f"{method.method} pruning"
+
+
+def _stage(record: StageRecord, parent: Parent) -> Stage:
+    return Stage(
+        title=record.title,
+        cached=record.cached,
+        elapsed_s=record.elapsed_s,
+        peak_memory_mib=record.peak_memory_mib,
+        gave=_gave(record.result),
+        url=run_url(record.result.run_id, parent.experiment),
+    )
+
+
+def _gave(result: StageResult) -> str:
+    """The most telling figures of a stage, in words."""
+    found: dict[str, Any] = result.metrics
+
+    def value(name: str) -> float:
+        entry = found[name]
+        return float(entry["value"] if isinstance(entry, dict) else entry)
+
+    if "perplexity_after" in found:
+        return (
+            f"perplexity {value('perplexity_before'):.4g} to {value('perplexity_after'):.4g} on held-out text, "
+            f"{value('num_tokens'):,.0f} tokens at {value('tokens_per_s'):.0f}/s in {found['precision']}"
+        )
+    if "num_nonzero" in found:
+        before, after = value("num_parameters_before"), value("num_parameters")
+        return f"{before / 1e6:.1f} M to {after / 1e6:.1f} M parameters, {value('num_nonzero') / 1e6:.1f} M not zero"
+    if "bits_per_weight" in found:
+        return f"{value('bits_per_weight'):.2f} bits per weight, relative error {value('relative_error'):.3%}"
+    if "perplexity_increase_percent" in found:
+        return f"perplexity {value('perplexity'):.4g}, {value('perplexity_increase_percent'):+.2f} %"
+    if "perplexity" in found:
+        return f"perplexity {value('perplexity'):.4g}"
+    if "num_training_tokens" in found:
+        windows = value("num_evaluation_windows")
+        return f"{value('num_training_tokens'):,.0f} tokens to train on, {windows:.0f} windows to judge by"
+    words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"
+    if parity := found.get("parity"):
+        words += f", top-1 agreement with PyTorch {parity['top1_agreement']:.2%}"
+    return words
+
+
+def _curves(records: list[StageRecord]) -> list[Curve]:
+    curves = []
+    seen = set()
+    for record in records:
+        points: Any = record.result.metrics.get("curve")
+        if not points or record.result.run_id in seen:
+            continue
+        seen.add(record.result.run_id)
+        for metric, title in CURVES.items():
+            known = [point for point in points if point.get(metric) is not None]
+            if len(known) > 1:
+                steps, values = (tuple(point[name] for point in known) for name in ("num_tokens", metric))
+                curves.append(Curve(title=record.title, metric=title, steps=steps, values=values))
+    return curves
+
+
+def _data_sets(recipe: Recipe, data: StageResult) -> list[DataSet]:
+    found = load_record(data.artifact.path)["roles"]
+    return [
+        DataSet(
+            role=role,
+            description=describe_corpus(recipe.data.corpus(role)),
+            num_sequences=found[role]["num_sequences"],
+            sequence_length=found[role]["sequence_length"],
+            sha256=found[role]["sha256"],
+        )
+        for role in ROLES
+    ]
+
+
+def _notes(records: list[StageRecord]) -> list[str]:
+    notes = []
+    for record in records:
+        found = record.result.metrics.get("notes")
+        notes += [f"{record.title}: {note}" for note in found] if isinstance(found, list) else []
+    return list(dict.fromkeys(notes))
+
+
+def _why_not_registered(recipe: Recipe, winner: str | None) -> str:
+    if not recipe.register_as:
+        return "The recipe names no registered model (register_as)."
+    return "" if winner else "No candidate was accepted, and nothing else is ever registered."

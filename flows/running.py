@@ -1,0 +1,52 @@
+"""Run the stages of a pipeline for real, one after the other, and remember what each cost."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import Task
+from pydantic import BaseModel
+
+from infra.artifacts import exists
+from infra.console import console
+from infra.tracking import Parent, StageResult
+
+
+class StageRecord(BaseModel, frozen=True):
+    """One stage of a flow run, as the report tells it."""
+
+    title: str
+    cached: bool
+    elapsed_s: float
+    peak_memory_mib: float | None
+    result: StageResult
+
+
+@dataclass
+class Runner:
+    """Calls Prefect tasks; a stage whose result is known and whose files are still there is not run again."""
+
+    parent: Parent
+    records: list[StageRecord] = field(default_factory=list)
+
+    def __call__(self, task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> StageResult:
+        """The result of the stage, from the cache if it is there."""
+        title = f"{label} {task.name}".strip()
+        started_at = time.monotonic()
+        state = task(**arguments, parent=self.parent, label=label, return_state=True)
+        cached = state.name == "Cached"
+        result: StageResult = state.result()
+        if not exists(result.artifact):
+            console.print(f"  {title}: the files of the earlier result are gone; running the stage again")
+            result, cached = task.with_options(refresh_cache=True)(**arguments, parent=self.parent, label=label), False
+        record = StageRecord(
+            title=title,
+            cached=cached,
+            elapsed_s=result.elapsed_s,
+            peak_memory_mib=result.peak_memory_mib,
+            result=result,
+        )
+        self.records.append(record)
+        took = "cached" if cached else f"{time.monotonic() - started_at:.1f} s"
+        console.print(f"  [green]done[/]  {title:<44} {took}")
+        return result

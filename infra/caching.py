@@ -1,0 +1,139 @@
+"""When an earlier result of a stage may stand in for running it again.
+
+Prefect's TASK_SOURCE sees only the task function: with it, a changed algorithm served a stale model. The key here
+digests what decides a stage's result: the contents of its inputs, its options, the source it depends on (followed
+through imports) and the versions of the libraries it computes with.
+"""
+
+import ast
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.results import ResultStore
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from infra.artifacts import Artifact
+from infra.hardware import hardware, versions
+from infra.settings import settings
+
+ROOT = Path(__file__).parents[1]
+OURS = ("flows", "tasks", "infra")
+NOT_KEYED = ("parent", "label")
+"""Task parameters that say where to record and what to call a run, and change nothing about its result."""
+
+
+def _source_file(module: str) -> Path | None:
+    path = ROOT / Path(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    """Our own modules that `module` imports anywhere in its text, packages on the way included."""
+    file = _source_file(module)
+    found: set[str] = set()
+    if file is None:
+        return frozenset()
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for name in names:
+        if name.split(".")[0] in OURS:
+            parts = name.split(".")
+            found |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    return frozenset(name for name in found if _source_file(name))
+
+
+@cache
+def sources(module: str) -> tuple[Path, ...]:
+    """Every source file of ours that `module` depends on, itself included, in order of name."""
+    seen, ahead = set(), [module]
+    while ahead:
+        name = ahead.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        ahead += _imports(name)
+    return tuple(sorted({file for name in seen if (file := _source_file(name))}))
+
+
+@cache
+def source_digest(module: str) -> str:
+    """SHA-256 over the `sources` of `module` and the data files (templates) beside them."""
+    if _source_file(module) is None:
+        raise ValueError(f"There is no module {module!r} of ours to digest.")
+    digest = hashlib.sha256()
+    for file in sources(module):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    for file in sorted(_source_file(module).parent.glob("*.j2")):  # type: ignore[union-attr]
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """What of a task's argument decides the result: of artifacts, their digest, not where they lie."""
+    if isinstance(value, Artifact):
+        return value.sha256
+    if isinstance(value, BaseModel) and isinstance(getattr(value, "artifact", None), Artifact):
+        return value.artifact.sha256  # type: ignore[attr-defined]
+    if isinstance(value, list | tuple):
+        return [_content(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _content(v) for k, v in value.items()}
+    return to_jsonable_python(value)
+
+
+def stage_key(task_name: str, parameters: dict[str, Any], module: str, libraries: tuple[str, ...], on: Any) -> str:
+    """The digest under which the result of a stage is kept; a readable prefix says which stage."""
+    key = {
+        "task": task_name,
+        "inputs": {k: _content(v) for k, v in sorted(parameters.items()) if k not in NOT_KEYED},
+        "source": source_digest(module),
+        "libraries": versions(*libraries),
+        "on": on,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return f"{task_name}-{digest}"
+
+
+def stage_policy(module: str, *libraries: str, measured: bool = False) -> CacheKeyFnPolicy:
+    """The cache policy of a stage whose work is done by `module` with `libraries`.
+
+    Args:
+        module: the algorithm module whose source, with all it imports, decides the result.
+        libraries: distributions whose version decides the result.
+        measured: the result holds for this machine and number of threads only (engines, speed).
+    """
+
+    def key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+        on = {**hardware(), "threads": settings().num_threads} if measured else None
+        return stage_key(context.task.name, parameters, module, libraries, on)
+
+    return CacheKeyFnPolicy(cache_key_fn=key)
+
+
+def earlier_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
+    """The result that calling `task` with `arguments` would be served from the cache, or None if it would run."""
+    policy = task.cache_policy
+    assert isinstance(policy, CacheKeyFnPolicy)
+    assert policy.cache_key_fn
+    key = policy.cache_key_fn(SimpleNamespace(task=task), arguments)  # type: ignore[arg-type]
+    store = ResultStore().update_for_task(task, _sync=True)  # type: ignore[call-arg]
+    assert isinstance(store, ResultStore)  # _sync
+    if not key or not store.exists(key):
+        return None
+    return store.read(key).result

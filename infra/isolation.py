@@ -1,0 +1,202 @@
+"""Run a stage function in a process of its own: its memory goes back, its crash is one error, its end is certain.
+
+Native libraries crash, hang and run out of memory; in the flow's process that would end every later stage too. Stages
+are forked from a server process that has imported torch and transformers (5 s of CPU each time otherwise) and done
+nothing with them: a fork after torch has used its threads hangs. A stage leads a process group of its own and ends
+with the flow's process even when that is killed, by watching a pipe that only the flow holds open.
+"""
+
+import errno
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError, validate_call
+from pydantic_core import to_jsonable_python
+
+Progress = Callable[[int, int, dict[str, float]], None]
+T = TypeVar("T")
+PRELOADED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto"]
+
+
+class StageFailed(Exception):
+    """A stage said what is wrong, in a sentence for the user."""
+
+
+class StageCrashed(Exception):
+    """A stage died of something it did not foresee; the log holds the rest."""
+
+
+class Finished(BaseModel, frozen=True):
+    """How the child ended: its result as JSON, and what it cost."""
+
+    value: Any
+    elapsed_s: float
+    peak_memory_mib: float
+
+
+def run_isolated(
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    result: type[T],
+    log_path: Path,
+    on_progress: Progress | None = None,
+    timeout_s: float | None = None,
+) -> tuple[T, Finished]:
+    """The result of calling `function` ("package.module:name") with keyword `arguments` in a child process.
+
+    Args:
+        function: a stage function; pydantic validates its arguments against its annotations.
+        arguments: anything pydantic can turn into JSON.
+        result: what it returns; a pydantic model or a type pydantic knows.
+        log_path: receives everything the child prints.
+        on_progress: called in this process for every progress report of the child.
+        timeout_s: wall-clock limit in seconds; None waits for ever.
+
+    The number of threads is that of the flow's environment (OMP_NUM_THREADS) when its first stage starts.
+
+    Raises:
+        StageFailed: the function raised ValueError or OSError; the message is its own.
+        StageCrashed: any other exception, a native crash, or the limit; names the signal and the log.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    started_at = time.monotonic()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    messages, answers = context.Pipe(duplex=False)
+    watched, lifeline = context.Pipe(duplex=False)
+    request = json.dumps(to_jsonable_python(arguments))
+    child = context.Process(target=_serve, args=(function, request, answers, watched, str(log_path)), daemon=False)
+    timer = threading.Timer(timeout_s, _kill_group, [child]) if timeout_s else None
+    outcome: dict[str, Any] | None = None
+    try:
+        child.start()
+        answers.close()
+        watched.close()
+        if timer:
+            timer.daemon = True
+            timer.start()
+        while True:
+            try:
+                message = json.loads(messages.recv_bytes())
+            except EOFError:
+                break
+            if "progress" not in message:
+                outcome = message
+                break
+            if on_progress:
+                on_progress(*message["progress"])
+        child.join()
+    finally:
+        if timer:
+            timer.cancel()
+        if child.pid:
+            _kill_group(child)
+            child.join()
+        lifeline.close()
+        messages.close()
+    elapsed_s = time.monotonic() - started_at
+    if outcome is None:
+        _explain_death(function, child.exitcode or 0, timeout_s, elapsed_s, log_path)
+    assert outcome is not None
+    if "failed" in outcome:
+        raise StageFailed(outcome["failed"])
+    if "crashed" in outcome:
+        raise StageCrashed(f"{function} failed: {outcome['crashed']}. The whole story is in {log_path}.")
+    value = TypeAdapter(result).validate_python(outcome["result"])
+    return value, Finished(value=outcome["result"], elapsed_s=elapsed_s, peak_memory_mib=outcome["peak_memory_mib"])
+
+
+def _kill_group(child: Any) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or has not yet begun to lead a group
+        child.kill()
+
+
+def _explain_death(function: str, returncode: int, timeout_s: float | None, elapsed_s: float, log_path: Path) -> None:
+    if timeout_s and elapsed_s >= timeout_s:
+        raise StageCrashed(f"{function} was ended after its limit of {timeout_s:.0f} s. Its log: {log_path}.")
+    if returncode == -signal.SIGKILL:
+        raise StageCrashed(
+            f"{function} was killed (SIGKILL), most likely for lack of memory. Free some, use a smaller batch or "
+            f"sequence length, or a smaller model. Its log: {log_path}."
+        )
+    how = signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
+    raise StageCrashed(f"{function} died with {how} and left no result. Its log: {log_path}.")
+
+
+def _end_with_flow(watched: Connection) -> None:
+    """End this process group when the flow's process goes, however it goes: then the pipe it holds open ends."""
+
+    def watch() -> None:
+        try:
+            watched.recv_bytes()
+        except (EOFError, OSError):
+            os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def peak_memory_mib() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _serve(function: str, request: str, answers: Connection, watched: Connection, log_path: str) -> None:
+    os.setsid()
+    _end_with_flow(watched)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    lock = threading.Lock()
+
+    def send(message: dict[str, Any]) -> None:
+        with lock:
+            answers.send_bytes(json.dumps(message).encode())
+
+    try:
+        arguments = json.loads(request)
+        module, _, name = function.partition(":")
+        call = getattr(importlib.import_module(module), name)
+        if "report" in inspect.signature(call).parameters:
+            arguments["report"] = lambda step, total, metrics: send({"progress": [step, total, metrics]})
+        value = validate_call(call)(**arguments)
+        send({"result": to_jsonable_python(value), "peak_memory_mib": peak_memory_mib()})
+    except (ValidationError, ValueError, OSError) as error:
+        traceback.print_exc()
+        send({"failed": _sentence(error)})
+    except Exception as error:  # noqa: BLE001 it is raised again in the flow
+        traceback.print_exc()
+        send({"crashed": f"{type(error).__name__}: {error}"})
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"The disk is full{where}. Free some space and run again; finished stages are kept."
+    if isinstance(error, OSError) and error.errno is not None and error.filename:
+        return f"{os.strerror(error.errno)}: {error.filename}"
+    return str(error)

@@ -1,0 +1,250 @@
+"""Registered model versions: what release teams promote and serve.
+
+A version holds the engine bundle and the code that runs it, so it loads in any process where the pinned libraries are
+installed.
+"""
+
+import fcntl
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from infra.hardware import versions
+from infra.settings import settings
+from infra.tracking import Parent, StageResult, client, stage_run
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+logger = logging.getLogger(__name__)
+
+CANDIDATE = "candidate"
+ACCEPT = "ACCEPT"
+# fmt: off
+REQUIRED = (
+    "mlflow", "torch", "transformers", "tokenizers", "compressed-tensors", "safetensors", "numpy", "pandas", "pydantic",
+    "onnxruntime", "openvino",
+)
+# fmt: on
+"""Distributions a served bundle may need; those installed here are written into the version with their versions."""
+
+
+class Version(BaseModel, frozen=True):
+    """A registered version. `uri` names it by its alias."""
+
+    model: str
+    version: str
+    uri: str
+    alias: str
+
+
+def register(
+    model: str,
+    *,
+    bundle: StageResult,
+    parent: Parent,
+    verdict: str,
+    python_model: Path,
+    code_paths: Sequence[Path],
+    tags: Mapping[str, str] | None = None,
+    description: str = "",
+) -> Version:
+    """The version of `model` that serves `bundle`, with the alias `candidate`.
+
+    The same bundle (by SHA-256) gives the same version, whoever asks and how often.
+
+    Args:
+        model: name of the registered model, created on first use.
+        bundle: an engine bundle as a stage returned it.
+        parent: the flow's run; the registration is recorded as a child of it.
+        verdict: of the validation.
+        python_model: the file MLflow loads the model from; it sees the bundle as `context.artifacts["bundle"]`.
+        code_paths: packages it imports; they travel with the version.
+        tags: besides those every version has: sha256, verdict, model_id, git_sha, prefect.flow_run_id, recipe.sha256.
+        description: for people, Markdown.
+
+    Raises:
+        ValueError: the verdict is not ACCEPT, or the name is not one MLflow allows.
+    """
+    if verdict != ACCEPT:
+        raise ValueError(
+            f"Only an accepted bundle is registered; the verdict on {bundle.artifact.sha256[:12]} is {verdict}. "
+            "Change the recipe or its limits and run again."
+        )
+    if not re.fullmatch(r"[^/:]+", model):
+        raise ValueError(f"The name of a registered model must not be empty or contain '/' or ':'; got {model!r}.")
+    with _one_at_a_time():
+        found = _find(model, bundle.artifact.sha256)
+        if found is None:
+            found = _create(model, bundle, parent, verdict, python_model, code_paths, tags or {}, description)
+        client().set_registered_model_alias(model, CANDIDATE, str(found.version))
+    client().set_tag(parent.run_id, "registered_model", f"{model}/{found.version}")
+    return Version(model=model, version=str(found.version), uri=f"models:/{model}@{CANDIDATE}", alias=CANDIDATE)
+
+
+def _find(model: str, sha256: str) -> "ModelVersion | None":
+    found = client().search_model_versions(f"name = '{model}' and tags.sha256 = '{sha256}'", max_results=1)
+    return found[0] if found else None
+
+
+def _create(
+    model: str,
+    bundle: StageResult,
+    parent: Parent,
+    verdict: str,
+    python_model: Path,
+    code_paths: Sequence[Path],
+    tags: Mapping[str, str],
+    description: str,
+) -> "ModelVersion":
+    import mlflow.pyfunc
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    flow = client().get_run(parent.run_id).data.tags
+    tags = {
+        **tags,
+        "sha256": bundle.artifact.sha256,
+        "verdict": verdict,
+        "git_sha": flow.get("mlflow.source.git.commit", ""),
+        "prefect.flow_run_id": flow.get("prefect.flow_run_id", ""),
+        "recipe.sha256": flow.get("recipe.sha256", ""),
+        "flow_run": parent.run_id,
+    }
+    tags = {name: value for name, value in tags.items() if value}
+    with stage_run(f"register {model}", parent, params={"model": model}, inputs=[bundle]) as run:
+        logged = client().create_logged_model(
+            parent.experiment,
+            name=model.replace(".", "-"),
+            source_run_id=run.run_id,
+            tags=tags,
+            model_type="registered",
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)
+            Model.log(
+                artifact_path=None,
+                name=logged.name,
+                flavor=mlflow.pyfunc,
+                run_id=run.run_id,
+                model_id=logged.model_id,
+                python_model=str(python_model),
+                artifacts={"bundle": str(bundle.artifact.path)},
+                code_paths=[str(path) for path in code_paths],
+                signature=_signature(),
+                # Inferring them would load the model and ask the package index.
+                pip_requirements=_requirements(),
+            )
+        try:
+            client().create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client().create_model_version(
+            model,
+            source=f"models:/{logged.model_id}",
+            run_id=run.run_id,
+            model_id=logged.model_id,
+            tags={**tags, "model_id": logged.model_id},
+            description=description,
+            await_creation_for=0,  # a pointer to what is there already; waiting only announces itself
+        )
+        run.set_tags({"registered_model": f"{model}/{version.version}"})
+    return version
+
+
+def _requirements() -> list[str]:
+    """Without local labels ("2.13.0+cpu"): those are not published, and pip takes them for the same version."""
+    return [f"{name}=={version.partition('+')[0]}" for name, version in versions(*REQUIRED).items()]
+
+
+def _signature() -> "ModelSignature":
+    """One prompt per row, one text per row. The column has no name so that a plain list of prompts is as welcome."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("string")]),
+        outputs=Schema([ColSpec("string")]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", "long", 64),
+                ParamSpec("temperature", "double", 0.0),
+                ParamSpec("seed", "long", 0),
+            ]
+        ),
+    )
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """MLflow cannot compare and set, so two flows registering the same bundle at once would make two versions."""
+    settings().home.mkdir(parents=True, exist_ok=True)
+    with (settings().home / "registry.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def find_version(uri: str) -> "ModelVersion":
+    """The registered version behind "models:/name@alias" or "models:/name/version".
+
+    Raises:
+        ValueError: the URI is none of these or names nothing; the message lists what there is.
+    """
+    from mlflow.exceptions import MlflowException
+
+    parsed = re.fullmatch(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
+    if parsed is None:
+        raise ValueError(f"An MLflow model is named models:/name@alias or models:/name/version; got {uri!r}.")
+    name = parsed["name"]
+    try:
+        if parsed["alias"]:
+            return client().get_model_version_by_alias(name, parsed["alias"])
+        return client().get_model_version(name, parsed["version"])
+    except MlflowException as error:
+        known = sorted(m.name for m in client().search_registered_models())
+        raise ValueError(f"There is no {uri}: {error.message} Registered: {', '.join(known) or 'nothing'}.") from None
+
+
+def fingerprint(uri: str) -> str:
+    """What tells this version from another one that later gets the same alias."""
+    found = find_version(uri)
+    return f"{found.name}/{found.version} {found.tags.get('sha256', '')} {found.creation_timestamp}"
+
+
+def download(uri: str, out: Path) -> Path:
+    """The checkpoint of a registered version, as files below `out`: the directory that holds its config.json.
+
+    Versions that hold a plain checkpoint directory and those of MLflow's transformers flavor are understood; of the
+    latter, the tokenizer is put beside the model.
+
+    Raises:
+        ValueError: there is no such version, or it holds no checkpoint.
+    """
+    import mlflow.artifacts
+
+    found = find_version(uri)
+    client()  # points the function below at our server
+    out.mkdir(parents=True, exist_ok=True)
+    root = Path(
+        mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{found.name}/{found.version}", dst_path=str(out))
+    )
+    checkpoints = [path.parent for path in sorted(root.rglob("config.json")) if any(path.parent.glob("*.safetensors"))]
+    if len(checkpoints) != 1:
+        names = ", ".join(str(path.relative_to(root)) for path in checkpoints) or "none"
+        raise ValueError(
+            f"A source must hold one checkpoint (a directory with config.json and *.safetensors); {uri} holds {names}. "
+            "A compiled engine is not a checkpoint: name the model it was compiled from."
+        )
+    tokenizer = root / "components" / "tokenizer"
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, checkpoints[0], dirs_exist_ok=True)
+    return checkpoints[0]

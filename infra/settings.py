@@ -1,0 +1,103 @@
+"""Where Slimline keeps things and whom it talks to: the environment, typed. Nothing else reads os.environ.
+
+Every setting is an environment variable with the prefix SLIMLINE_ (SLIMLINE_HOME, SLIMLINE_THREADS, ...).
+"""
+
+import difflib
+import os
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "SLIMLINE_"
+MARKS = ("SLIMLINE_RUN", "SLIMLINE_SERVICES_OF", "SLIMLINE_CHECKOUT")
+"""Not settings: what our own processes are found by, and where prefect.yaml says that workers find the code."""
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""No telemetry, and no chatter in the terminal of someone who did not ask for it."""
+
+
+class Settings(BaseSettings):
+    """Settings of this process, from the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    home: Path = Field(Path(".slimline"), description="Everything Slimline writes: artifacts, databases, logs.")
+    tracking_uri: str | None = Field(None, description="MLflow server; default: <home>/mlflow.db, no server.")
+    prefect_api_url: str | None = Field(None, description="Prefect server; default: inside the process, no server.")
+    s3_endpoint_url: str | None = Field(None, description="S3 endpoint, for stores other than AWS.")
+    s3_region: str = "us-east-1"
+    threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
+
+    @property
+    def num_threads(self) -> int:
+        """Threads to compute with: as set, or the number of cores this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        ValueError: a variable holds what it must not; the message names it.
+    """
+    _refuse_unknown()
+    try:
+        found = Settings()
+    except ValidationError as error:
+        problems = "; ".join(f"SLIMLINE_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"The environment holds a setting that cannot be used: {problems}") from None
+    return found.model_copy(update={"home": found.home.resolve()})
+
+
+def _refuse_unknown() -> None:
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(os.environ.keys() - known - set(MARKS)):
+        if name.startswith(PREFIX):
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{name} is no setting.{hint} Settings: {', '.join(sorted(known))}. Unset it.")
+
+
+def prepare_environment(**servers: str) -> None:
+    """Set what Prefect, MLflow and the hub client read from the environment; call before importing them.
+
+    What the user has set stays. `servers` (PREFECT_API_URL, MLFLOW_TRACKING_URI) names running servers to talk to.
+    """
+    home = settings().home
+    (home / "prefect").mkdir(parents=True, exist_ok=True)  # Prefect's database is not created without it
+    defaults = {
+        **QUIET,
+        "PREFECT_HOME": str(home / "prefect"),
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch: large pages; a fifth less CPU in the distillation loss
+        "OMP_NUM_THREADS": str(settings().num_threads),
+        "MKL_NUM_THREADS": str(settings().num_threads),
+        # A loaded machine needs longer than the default of 20 s to start the server inside the process.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+        # Flows speak through infra/console.py; Prefect's own log goes to its server, tracebacks included.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        **servers,
+    }
+    if settings().prefect_api_url:
+        defaults["PREFECT_API_URL"] = str(settings().prefect_api_url)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """A copy of the environment for a child process, with `changes`; None removes a variable."""
+    merged = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
+    return {k: v for k, v in merged.items() if changes.get(k, v) is not None}

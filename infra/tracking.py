@@ -1,0 +1,669 @@
+"""What ran, on what, and what came of it: MLflow runs, metrics, data sets and the lineage of models.
+
+MLflow is imported when first used (it takes seconds) and only through clients with explicit run ids: its active run
+belongs to a thread, Prefect's tasks run in many.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, JsonValue
+from pydantic_core import to_jsonable_python
+
+from infra import services
+from infra.artifacts import Artifact
+from infra.hardware import hardware, versions
+from infra.settings import prepare_environment, settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "slimline"
+"""One experiment for all recipes, so that MLflow can compare them."""
+
+# fmt: off
+RECORDED = (
+    "slimline", "torch", "transformers", "compressed-tensors", "accelerate", "datasets", "numpy", "onnx",
+    "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13", "prefect", "mlflow",
+)
+# fmt: on
+"""Distributions whose versions are stored with every flow run."""
+
+WRITE_INTERVAL_S = 1.0
+POINTS_PER_WRITE = 10
+ROOT = Path(__file__).parents[1]
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Parent(BaseModel, frozen=True):
+    """The MLflow run of a flow run. Tasks get it to record under; it is never part of a cache key.
+
+    `experiment` is the experiment's id.
+    """
+
+    run_id: str
+    experiment: str
+
+
+class StageResult(BaseModel, frozen=True, extra="forbid"):
+    """What a stage made and where it is recorded; this is what tasks return and Prefect keeps.
+
+    `model_id` is set when the artifact is a node of the lineage; `run_id` is the run that made it, which may belong
+    to an earlier flow run when the result comes from the cache.
+    """
+
+    artifact: Artifact
+    kind: str
+    metrics: dict[str, JsonValue]
+    elapsed_s: float
+    peak_memory_mib: float | None
+    run_id: str
+    model_id: str | None
+
+
+class Ancestor(BaseModel, frozen=True):
+    """A model in a lineage: what it is, the run that made it, and the models that run started from."""
+
+    model_id: str
+    name: str
+    kind: str
+    sha256: str | None
+    uri: str | None
+    run_id: str | None
+    parents: tuple[str, ...]
+
+
+def tracking_uri() -> str:
+    """Where runs are recorded: the server of SLIMLINE_TRACKING_URI, that of `slimline up`, or <home>/mlflow.db."""
+    if uri := settings().tracking_uri:
+        return uri
+    if found := services.running(settings().home):
+        return found.mlflow_url
+    return _database_uri(settings().home)
+
+
+def _database_uri(home: Path) -> str:
+    return f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def client() -> "MlflowClient":
+    """A client of `tracking_uri()`, which also becomes the one of MLflow's functions that take no client."""
+    prepare_environment()
+    import mlflow
+
+    uri = tracking_uri()
+    found = _connect(uri)
+    if mlflow.get_tracking_uri() != uri:
+        mlflow.set_tracking_uri(uri)
+    if mlflow.get_registry_uri() != uri:
+        mlflow.set_registry_uri(uri)
+    return found
+
+
+@cache
+def _connect(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if uri == _database_uri(settings().home):
+        prepare_database(settings().home)
+    return MlflowClient(uri)
+
+
+def prepare_database(home: Path) -> str:
+    """Create <home>/mlflow.db or bring it to MLflow's present schema; its URI.
+
+    Processes that open a new database at once would each run the migrations and all but one crash; a file lock lets
+    the first do it. A new database gets its name when it is complete, so one interrupted half-way does no harm.
+    """
+    prepare_environment()
+    import mlflow.store.db.utils as database
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / "mlflow.db"
+    draft = file.with_suffix(".new")
+    with (home / "mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        draft.unlink(missing_ok=True)
+        opened = file if file.exists() else draft
+        engine = database.create_sqlalchemy_engine_with_retry(f"sqlite:///{opened}")  # type: ignore[no-untyped-call]
+        try:
+            if opened == draft:
+                database._initialize_tables(engine)  # type: ignore[no-untyped-call]
+            else:
+                database._upgrade_db(engine)  # type: ignore[no-untyped-call]  # what `mlflow db upgrade` calls
+        finally:
+            engine.dispose()
+        if opened == draft:
+            draft.replace(file)
+    return _database_uri(home)
+
+
+def experiment_id() -> str:
+    """The id of Slimline's experiment, created on first use."""
+    from mlflow.exceptions import MlflowException
+
+    found = client().get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # A remote server knows its own artifact store; our own server and the database share files under the home.
+        where = None if settings().tracking_uri else (settings().home / "mlruns" / EXPERIMENT).as_uri()
+        try:
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # else the page shows agents and traces
+            return str(client().create_experiment(EXPERIMENT, artifact_location=where, tags=kind))
+        except MlflowException:  # somebody else created it a moment ago
+            found = client().get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def run_url(run_id: str, experiment: str) -> str:
+    """The run's page; for runs without a server, the page that `slimline up` will show."""
+    server = settings().tracking_uri or services.addresses(settings().home).mlflow_url
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
+# Flow runs
+
+
+def start_flow(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Parent:
+    """The run of this flow run: found by its tag prefect.flow_run_id when it is retried or resumed, else created.
+
+    Records the recipe, the hardware, library versions and the code's git commit. Runs whose process died without a
+    word (SIGKILL, power) are marked KILLED on the way.
+    """
+    experiment = experiment_id()
+    tags = {
+        "mlflow.runName": name,
+        "mlflow.source.name": "slimline",
+        "mlflow.source.type": "PROJECT",
+        "slimline.role": "flow",
+        "slimline.process": _own_process(),
+        "recipe.sha256": hashlib.sha256(recipe_json.encode()).hexdigest(),
+        **_git_tags(),
+        **_prefect_tags(),
+        **tags,
+    }
+    if url := tags.get("prefect.flow_run_url"):
+        tags["mlflow.note.content"] = f"Prefect flow run: [{url}]({url})"
+    _close_dead_flows(experiment)
+    parent = _find_flow(experiment, tags.get("prefect.flow_run_id"))
+    if parent is not None:
+        _kill_running_children(parent)
+        client().update_run(parent.run_id, status="RUNNING")
+        _set_tags(parent.run_id, tags)
+        return parent
+    run = client().create_run(experiment, run_name=name, tags=tags)
+    parent = Parent(run_id=run.info.run_id, experiment=experiment)
+    _log_params(parent.run_id, json.loads(recipe_json))
+    client().log_text(parent.run_id, recipe_json, "recipe.json")
+    client().log_dict(parent.run_id, hardware(), "hardware.json")
+    client().log_dict(parent.run_id, versions(*RECORDED), "versions.json")
+    return parent
+
+
+def end_flow(parent: Parent, status: Status, metrics: Mapping[str, Any] | BaseModel | None = None) -> None:
+    """Close the flow's run with its figures."""
+    _log_metrics(parent.run_id, flatten(metrics or {}))
+    client().set_terminated(parent.run_id, status)
+
+
+def link_report(parent: Parent, html: Path, figures: Path | None = None) -> None:
+    """Keep the report with the flow's run; MLflow shows the page among the run's artifacts."""
+    for file in (html, figures):
+        if file:
+            client().log_artifact(parent.run_id, str(file))
+    _set_tags(parent.run_id, {"report": html.name})
+
+
+def flow_links(parent: Parent) -> dict[str, str]:
+    """Pages of this flow run: its MLflow run and, inside a flow, its Prefect run."""
+    links = {"MLflow run": run_url(parent.run_id, parent.experiment)}
+    if url := _prefect_tags().get("prefect.flow_run_url"):
+        links["Prefect flow run"] = url
+    return links
+
+
+def git_commit() -> str | None:
+    """The commit of the running code, when it runs from a checkout."""
+    return _git_tags().get("mlflow.source.git.commit")
+
+
+def _find_flow(experiment: str, flow_run_id: str | None) -> Parent | None:
+    if flow_run_id is None:
+        return None
+    found = _search(experiment, f"tags.`slimline.role` = 'flow' and tags.`prefect.flow_run_id` = '{flow_run_id}'")
+    return Parent(run_id=found[0].info.run_id, experiment=experiment) if found else None
+
+
+def _search(experiment: str, query: str) -> "list[Run]":
+    return list(client().search_runs([experiment], query, max_results=1000))
+
+
+def _own_process() -> str:
+    own = services.ProcessId.own()
+    return f"{socket.gethostname()} {own.pid} {own.started_at}"
+
+
+def _close_dead_flows(experiment: str) -> None:
+    for run in _search(experiment, "attributes.status = 'RUNNING' and tags.`slimline.role` = 'flow'"):
+        host, pid, started_at = run.data.tags.get("slimline.process", "? 0 0").split(" ")
+        if host != socket.gethostname() or services.ProcessId(pid=int(pid), started_at=float(started_at)).alive():
+            continue
+        _kill_running_children(Parent(run_id=run.info.run_id, experiment=experiment))
+        _set_tags(run.info.run_id, {"error": "The process of this run died without a word."})
+        client().set_terminated(run.info.run_id, "KILLED")
+
+
+def _kill_running_children(parent: Parent) -> None:
+    query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent.run_id}'"
+    for run in _search(parent.experiment, query):
+        _set_tags(run.info.run_id, {"error": "The process of this attempt died without a word."})
+        client().set_terminated(run.info.run_id, "KILLED")
+
+
+def _git_tags() -> dict[str, str]:
+    """The commit of the running code, when it runs from a checkout."""
+    tags = {}
+    questions = {"mlflow.source.git.commit": ("rev-parse", "HEAD"), "git.status": ("status", "--porcelain")}
+    if not (ROOT / ".git").exists():
+        return {}
+    for tag, question in questions.items():
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(ROOT), *question], capture_output=True, text=True, timeout=30, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        tags[tag] = answer.stdout.strip()
+    tags["git.status"] = "changed since the commit" if tags["git.status"] else "clean"
+    return tags
+
+
+def _prefect_tags() -> dict[str, str]:
+    """Which Prefect run this is, and its page; empty outside of one."""
+    from prefect.runtime import flow_run, task_run
+
+    tags = {}
+    if flow_run.id:
+        tags["prefect.flow_run_id"] = str(flow_run.id)
+        api = settings().prefect_api_url
+        server = api.removesuffix("/api") if api else services.addresses(settings().home).prefect_url
+        tags["prefect.flow_run_url"] = f"{server}/v2/runs/flow-run/{flow_run.id}"
+    if task_run.id:
+        tags["prefect.task_run_id"] = str(task_run.id)
+        tags["prefect.run_count"] = str(task_run.run_count)
+    return tags
+
+
+# Stages
+
+
+@contextlib.contextmanager
+def stage_run(
+    stage: str, parent: Parent, *, params: Mapping[str, Any], inputs: Sequence[StageResult] = ()
+) -> Iterator["StageRun"]:
+    """One attempt at a stage: a child run of `parent`, ended FINISHED, FAILED on an error or KILLED when interrupted.
+
+    Args:
+        stage: the run's name.
+        parent: the flow's run.
+        params: options; models and nested mappings are flattened to dotted names.
+        inputs: earlier results it starts from. Those that are models become the run's model inputs, the edges of the
+            lineage; data become its data set inputs.
+    """
+    tags = {
+        "mlflow.parentRunId": parent.run_id,
+        "mlflow.source.name": "slimline",
+        "slimline.role": "stage",
+        **_prefect_tags(),
+    }
+    run = StageRun(client().create_run(parent.experiment, run_name=stage, tags=tags).info.run_id, stage, parent)
+    try:
+        _log_params(run.run_id, params)
+        run.log_inputs(inputs)
+        yield run
+        run.flush()
+    except BaseException as error:
+        status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        try:
+            run.flush()
+            _set_tags(run.run_id, {"error": f"{type(error).__name__}: {error}"})
+            client().set_terminated(run.run_id, status)
+        except Exception:
+            logger.warning("could not record that %s ended %s", stage, status, exc_info=True)
+        raise
+    client().set_terminated(run.run_id, "FINISHED")
+
+
+class StageRun:
+    """The open run of one attempt at a stage. Safe to use from several threads."""
+
+    def __init__(self, run_id: str, stage: str, parent: Parent) -> None:
+        self.run_id = run_id
+        self._stage = stage
+        self._parent = parent
+        self._started_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._points: list[tuple[int, int, dict[str, float]]] = []
+        self._written_at = -math.inf
+
+    def progress(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Points of live curves. Cheap: at most one write a second, of ten points spread over it; the last is kept."""
+        if not metrics:
+            return
+        with self._lock:
+            self._points.append((step, time.time_ns() // 1_000_000, dict(metrics)))
+            if time.monotonic() - self._written_at < WRITE_INTERVAL_S:
+                return
+            try:
+                self._write()
+            except Exception:
+                logger.warning("could not record the progress of %s", self._stage, exc_info=True)
+            self._written_at = time.monotonic()
+
+    def flush(self) -> None:
+        """Write the points that wait."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        from mlflow.entities import Metric
+
+        kept = _thinned(self._points, POINTS_PER_WRITE)
+        if kept:
+            batch = [
+                Metric(_metric_name(name), float(value), timestamp, step)
+                for step, timestamp, metrics in kept
+                for name, value in metrics.items()
+            ]
+            client().log_batch(self.run_id, metrics=batch)
+        self._points.clear()
+
+    def log_inputs(self, inputs: Sequence[StageResult]) -> None:
+        """Record what this run starts from; see `stage_run`."""
+        from mlflow.entities import LoggedModelInput
+        from mlflow.exceptions import MlflowException
+
+        models = []
+        for result in inputs:
+            if result.model_id is None:
+                continue
+            try:
+                client().get_logged_model(result.model_id)
+            except MlflowException:
+                logger.warning(
+                    "the lineage of %s lacks model %s: MLflow does not know it", self._stage, result.model_id
+                )
+                continue
+            models.append(LoggedModelInput(result.model_id))
+        if models:
+            client().log_inputs(self.run_id, models=models)
+        for result in inputs:
+            if result.kind == "data":
+                self.log_dataset("data", result.artifact.sha256, result.artifact.uri, profile=result.metrics)
+        edges = [{"kind": r.kind, "sha256": r.artifact.sha256, "run_id": r.run_id} for r in inputs]
+        if edges:
+            self.set_tags({"slimline.inputs": json.dumps(edges)})
+
+    def log_dataset(
+        self, name: str, digest: str, source: str, *, context: str = "input", profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record a data set this run reads.
+
+        Args:
+            name: e.g. "stdlib".
+            digest: of what was used; MLflow keeps 36 characters of it, the whole stays in the source.
+            source: where it comes from: a URI, a hub id, a package.
+            context: what for: "training", "calibration", "evaluation".
+            profile: figures that describe it.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        about = json.dumps({"uri": source, "sha256": digest})
+        profile_json = json.dumps(to_jsonable_python(profile)) if profile else None
+        dataset = Dataset(name, digest[:36], "local", about, profile=profile_json)
+        client().log_inputs(self.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def log_file(self, path: Path) -> None:
+        """Keep a file with the run."""
+        client().log_artifact(self.run_id, str(path))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep `text` with the run, as a file `name`."""
+        client().log_text(self.run_id, text, name)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        _set_tags(self.run_id, tags)
+
+    def finish(
+        self,
+        artifact: Artifact,
+        *,
+        kind: str,
+        metrics: Mapping[str, Any] | BaseModel,
+        model: bool = False,
+        about: StageResult | None = None,
+        elapsed_s: float | None = None,
+        peak_memory_mib: float | None = None,
+        directory_to_log: Path | None = None,
+    ) -> StageResult:
+        """Record what the stage made.
+
+        Args:
+            artifact: what it published; its manifest is kept with the run.
+            kind: "checkpoint", "data", "engine", "measurement", ...
+            metrics: its figures. Numbers become metrics, nested names joined by dots; everything, lists and text
+                included, is kept as metrics.json and in the returned value.
+            model: the artifact is a model, a node of the lineage.
+            about: the model that `metrics` were measured on, when that is not the one made here.
+            elapsed_s: default: since the run was opened.
+            peak_memory_mib: of the process that did the work.
+            directory_to_log: small files to keep with the run besides.
+        """
+        elapsed_s = time.monotonic() - self._started_at if elapsed_s is None else elapsed_s
+        figures = _json(to_jsonable_python(metrics))
+        numbers = {**flatten(figures), "elapsed_s": elapsed_s, "size_bytes": float(artifact.size_bytes)}
+        if peak_memory_mib is not None:
+            numbers["peak_memory_mib"] = peak_memory_mib
+        model_id = self._create_model(artifact, kind) if model else None
+        self.flush()
+        _log_metrics(self.run_id, numbers, model_id or (about.model_id if about else None))
+        self.log_text(json.dumps(figures, indent=1), "metrics.json")
+        if artifact.manifest.exists():
+            self.log_file(artifact.manifest)
+        if directory_to_log:
+            client().log_artifacts(self.run_id, str(directory_to_log), directory_to_log.name)
+        self.set_tags(
+            {
+                "slimline.kind": kind,
+                "artifact.uri": artifact.uri,
+                "artifact.sha256": artifact.sha256,
+                "artifact.size_bytes": str(artifact.size_bytes),
+            }
+        )
+        return StageResult(
+            artifact=artifact,
+            kind=kind,
+            metrics=figures,
+            elapsed_s=elapsed_s,
+            peak_memory_mib=peak_memory_mib,
+            run_id=self.run_id,
+            model_id=model_id,
+        )
+
+    def _create_model(self, artifact: Artifact, kind: str) -> str:
+        import mlflow
+        from mlflow.entities import LoggedModelOutput
+
+        client()  # points the function below at our server
+        created = mlflow.create_external_model(
+            name=re.sub(r"[/:.%\"']", "-", self._stage),
+            source_run_id=self.run_id,
+            tags={"sha256": artifact.sha256, "uri": artifact.uri},
+            model_type=kind,
+            experiment_id=self._parent.experiment,
+        )
+        client().log_outputs(self.run_id, [LoggedModelOutput(created.model_id, step=0)])
+        return str(created.model_id)
+
+
+def _thinned(points: list[tuple[int, int, dict[str, float]]], most: int) -> list[tuple[int, int, dict[str, float]]]:
+    """At most `most` of the points, evenly spread, the last always among them."""
+    stride = -(-len(points) // most) or 1
+    return points[::-1][::stride][::-1]
+
+
+# Lineage
+
+
+def lineage(model: str) -> list[Ancestor]:
+    """A model and all it was made from: every model stands before those it came from, the original last.
+
+    The edges are the inputs and outputs of MLflow runs, so a stage served from the cache leads into the earlier flow
+    run that did the work.
+
+    Args:
+        model: an MLflow model id ("m-..."), a registered version ("models:/name@candidate", "models:/name/3") or the
+            SHA-256 of an artifact.
+
+    Raises:
+        ValueError: MLflow knows no such model.
+    """
+    known: dict[str, Ancestor] = {}
+    order: list[Ancestor] = []
+
+    def visit(model_id: str) -> None:
+        if model_id not in known:
+            known[model_id] = ancestor = _ancestor(model_id)
+            for parent in ancestor.parents:
+                visit(parent)
+            order.append(ancestor)
+
+    visit(_model_id(model))
+    return order[::-1]
+
+
+def _ancestor(model_id: str) -> Ancestor:
+    found = _logged_model(model_id)
+    parents: tuple[str, ...] = ()
+    if found.source_run_id:
+        inputs = client().get_run(found.source_run_id).inputs
+        parents = tuple(dict.fromkeys(i.model_id for i in (inputs.model_inputs if inputs else None) or ()))
+    return Ancestor(
+        model_id=model_id,
+        name=found.name,
+        kind=found.model_type or "",
+        sha256=found.tags.get("sha256"),
+        uri=found.tags.get("uri"),
+        run_id=found.source_run_id,
+        parents=parents,
+    )
+
+
+def _logged_model(model_id: str) -> "LoggedModel":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client().get_logged_model(model_id)
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {tracking_uri()} knows no model {model_id!r}: {error.message}") from None
+
+
+def _model_id(model: str) -> str:
+    if model.startswith("m-"):
+        return model
+    if model.startswith("models:/"):
+        from infra.registry import find_version
+
+        registered = find_version(model)
+        if "model_id" not in registered.tags:
+            raise ValueError(f"{model} was not registered by Slimline, so its lineage is not recorded.")
+        return registered.tags["model_id"]
+    found = client().search_logged_models([experiment_id()], f"tags.sha256 = '{model}'", max_results=1)
+    if not found:
+        raise ValueError(f"MLflow at {tracking_uri()} knows no model whose artifact has the SHA-256 {model!r}.")
+    return str(found[0].model_id)
+
+
+# Writing
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and models under dotted names; sequences are leaves."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, inner in value.items():
+        leaves |= flatten(inner, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
+
+
+def _metric_name(name: str) -> str:
+    """`name` with what MLflow does not allow in it replaced by "_"."""
+    return re.sub(r"[^\w.\- :/]", "_", name).strip("/")[:250]
+
+
+def _json(value: Any) -> Any:
+    """`value` with NaN and infinities, which JSON lacks, as the strings that pydantic reads as floats."""
+    if isinstance(value, dict):
+        return {name: _json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+    return value
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool | int | float):
+        return float(value)
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+
+
+def _log_metrics(run_id: str, leaves: Mapping[str, Any], model_id: str | None = None) -> None:
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    numbers = [(_metric_name(name), _number(value)) for name, value in leaves.items()]
+    batch = [Metric(name, value, now, 0, model_id=model_id) for name, value in numbers if value is not None]
+    for start in range(0, len(batch), 500):
+        client().log_batch(run_id, metrics=batch[start : start + 500])
+
+
+def _log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    batch = [
+        Param(_metric_name(name), value if isinstance(value, str) else json.dumps(to_jsonable_python(value)))
+        for name, value in flatten(params).items()
+    ]
+    for start in range(0, len(batch), 100):
+        client().log_batch(run_id, params=batch[start : start + 100])
+
+
+def _set_tags(run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client().log_batch(run_id, tags=[RunTag(name, str(value)[:7000]) for name, value in tags.items()])

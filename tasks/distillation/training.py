@@ -1,0 +1,430 @@
+"""Train a student on a teacher's next-token distributions: a new smaller one, or a pruned model that is to recover.
+
+The loss is Hinton's mixture `a * CE + (1 - a) * T^2 * KL(teacher || student)` (losses.py). With `ce_weight` 1 the
+teacher is not consulted at all: that run, with as many tokens, is the control that shows what distillation gave.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from tasks.calibration.checkpoints import load_model, save_model
+from tasks.calibration.progress import Report, silent
+from tasks.calibration.tokens import check_vocabulary, load_tokens
+from tasks.distillation.students import KeepLayers, block_influence, evenly_spaced, keep_layers, most_influential
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+NUM_HELDOUT = 8
+"""Calibration sequences that training never sees, for the student's perplexity on the way."""
+NUM_INFLUENCE = 16
+"""Calibration sequences over which block influence is averaged."""
+MAX_POINTS = 40
+
+
+class Training(BaseModel, frozen=True, extra="forbid"):
+    """How long and how a model is trained. AdamW, moments 0.9 and 0.95."""
+
+    max_steps: int = Field(100, ge=1, description="Optimizer steps.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Wall-clock limit; the learning rate then falls with whichever budget ends first. With a limit "
+        "the result depends on the machine's speed: it is not bit-identical from run to run.",
+    )
+    batch_size: int = Field(2, ge=1, description="Sequences in one forward and backward pass, per device.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Such passes in one optimizer step.")
+    learning_rate: float = Field(4e-4, gt=0, lt=1, description="Its peak.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Fraction of the budget in which it rises to the peak.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How it falls to 0 afterwards.")
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="Of matrices; norms and biases have none.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are shortened to this L2 norm.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of matrix products; weights and moments are always float32. auto: bfloat16 on a GPU that has it "
+        "and on a CPU with AMX, float32 elsewhere, where it is faster.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    save_every_steps: int = Field(25, ge=1, description="Checkpoints to go on from after an interruption.")
+    evaluate_every_steps: int = Field(25, ge=1, description="Perplexity on held-out calibration text.")
+    keep: Literal["last", "best"] = Field("last", description="Which weights to return; best: lowest such perplexity.")
+
+
+class _Loss(BaseModel, frozen=True, extra="forbid"):
+    ce_weight: float = Field(
+        0.5, ge=0, le=1, description="a in `a * CE + (1 - a) * T^2 * KL`; 1 is training without a teacher, the control."
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="T; 1 compares the distributions as they are.")
+    training: Training = Training()
+
+
+class Distillation(_Loss, frozen=True, extra="forbid"):
+    """A smaller student of the source model (Hinton et al., 2015, arXiv:1503.02531)."""
+
+    method: Literal["logits"] = "logits"
+    student: KeepLayers
+
+
+class Recovery(_Loss, frozen=True, extra="forbid"):
+    """Training of a pruned model on the answers of the model it was pruned from."""
+
+    method: Literal["logits"] = "logits"
+    keep_zeros: bool = Field(True, description="Weights that pruning set to zero stay zero.")
+
+
+class CurvePoint(BaseModel, frozen=True):
+    """One point of the training curve: the mean since the point before."""
+
+    step: int
+    num_tokens: int
+    loss: float
+    cross_entropy: float
+    forward_kl: float
+    learning_rate: float
+    perplexity: float | None
+
+
+class TrainingSummary(BaseModel, frozen=True):
+    """What training did. Perplexities are of held-out calibration text, in sequences of the training length."""
+
+    num_parameters: int
+    teacher_num_parameters: int
+    kept_layers: tuple[int, ...] | None
+    num_zeros_kept: int
+    num_steps: int
+    num_tokens: int
+    stopped_by: Literal["steps", "minutes"]
+    resumed_from_step: int | None
+    precision: Literal["float32", "bfloat16"]
+    loss_first: float
+    loss_last: float
+    perplexity_before: float
+    perplexity_after: float
+    teacher_perplexity: float
+    tokens_per_s: float
+    elapsed_s: float
+    curve: tuple[CurvePoint, ...]
+
+
+def distill(
+    *,
+    teacher: Path,
+    data: Path,
+    options: Distillation,
+    seed: int,
+    work_dir: Path,
+    out: Path,
+    report: Report = silent,
+) -> TrainingSummary:
+    """A student made of some of the teacher's layers and trained on its next-token distributions.
+
+    Args:
+        teacher: plain checkpoint.
+        data: prepared tokens, of the teacher's tokenizer.
+        options: what to keep and how to train.
+        seed: decides the order of the data.
+        work_dir: keeps checkpoints; a second call with the same arguments goes on from the last one and, on a CPU
+            with as many threads and without `max_minutes`, ends with the same bits as an uninterrupted run.
+        out: receives the student as a plain checkpoint.
+        report: is told loss, cross_entropy, forward_kl, tokens_per_s and learning_rate of every step.
+
+    Raises:
+        ValueError: the tokenizers differ, there is too little data, `work_dir` belongs to other arguments, or
+            training diverges.
+    """
+    import torch
+
+    check_vocabulary(data, teacher)
+    model = load_model(teacher)
+    num_layers, num_kept = model.config.num_hidden_layers, options.student.layers
+    if options.student.choice == "evenly" or num_kept > num_layers:
+        kept = evenly_spaced(num_layers, num_kept)
+    else:
+        sequences = torch.from_numpy(load_tokens(data, "calibration")[:NUM_INFLUENCE])
+        kept = most_influential(block_influence(model, sequences), num_kept)
+    return _train(
+        student=keep_layers(model, kept),
+        teacher=model,
+        kept_layers=kept,
+        keep_zeros=False,
+        inputs=[teacher],
+        tokenizer_source=teacher,
+        data=data,
+        options=options,
+        seed=seed,
+        work_dir=work_dir,
+        out=out,
+        report=report,
+    )
+
+
+def recover(
+    *,
+    checkpoint: Path,
+    teacher: Path,
+    data: Path,
+    options: Recovery,
+    seed: int,
+    work_dir: Path,
+    out: Path,
+    report: Report = silent,
+) -> TrainingSummary:
+    """The pruned model `checkpoint`, trained on the next-token distributions of the unpruned `teacher`.
+
+    Arguments and errors are those of `distill`; zeros stay zeros with `keep_zeros`.
+    """
+    check_vocabulary(data, teacher)
+    check_vocabulary(data, checkpoint)
+    return _train(
+        student=load_model(checkpoint),
+        teacher=load_model(teacher),
+        kept_layers=None,
+        keep_zeros=options.keep_zeros,
+        inputs=[checkpoint, teacher],
+        tokenizer_source=checkpoint,
+        data=data,
+        options=options,
+        seed=seed,
+        work_dir=work_dir,
+        out=out,
+        report=report,
+    )
+
+
+def choose_precision(wanted: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """The precision of matrix products; "auto" is bfloat16 where it is faster, on GPUs that have it and with AMX."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _train(
+    *,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    kept_layers: tuple[int, ...] | None,
+    keep_zeros: bool,
+    inputs: Sequence[Path],
+    tokenizer_source: Path,
+    data: Path,
+    options: Distillation | Recovery,
+    seed: int,
+    work_dir: Path,
+    out: Path,
+    report: Report,
+) -> TrainingSummary:
+    import safetensors.torch
+    import torch
+
+    from tasks.distillation import trainer as loop
+
+    training = options.training
+    precision = choose_precision(training.precision)
+    tokens = load_tokens(data, "training")
+    heldout = torch.from_numpy(load_tokens(data, "calibration")[:NUM_HELDOUT])
+    for role, sequences in (("training", tokens), ("calibration", heldout)):
+        if len(sequences) == 0 or sequences.shape[1] < 2:
+            raise ValueError(
+                f"Training needs at least one {role} sequence of 2 tokens; got {tuple(sequences.shape)}. "
+                "Use a longer corpus or shorter sequences."
+            )
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"Teacher and student need the same vocabulary; got {teacher.config.vocab_size} and "
+            f"{student.config.vocab_size} words. Use the model that the student was made from as its teacher."
+        )
+    if int(tokens.max()) >= student.config.vocab_size:
+        raise ValueError(
+            f"Tokens must be below the model's vocabulary of {student.config.vocab_size}; got {int(tokens.max())}. "
+            "Prepare the data with this model's tokenizer."
+        )
+    for model in (student, teacher):
+        loop.check_head(model)
+    _check_disk(work_dir, out, loop.checkpoint_bytes(student))
+    _claim(work_dir, inputs=inputs, data=data, options=options, seed=seed, precision=precision)
+
+    teacher.requires_grad_(False)
+    student.requires_grad_(True)
+    num_zeros_kept = loop.keep_zeros_(student) if keep_zeros else 0
+    if training.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = loop.StudentLoss(student, teacher, options.ce_weight, options.temperature)
+    arguments = _arguments(training, seed, work_dir, precision)
+    num_sequences = training.max_steps * training.gradient_accumulation_steps * arguments.train_batch_size
+    run = loop.DistillationTrainer(
+        loss,
+        arguments,
+        order=loop.TrainingOrder(tokens, num_sequences * arguments.world_size, seed),
+        heldout=heldout,
+        budget=loop.Budget(
+            max_steps=training.max_steps,
+            max_s=None if training.max_minutes is None else 60 * training.max_minutes,
+            warmup_ratio=training.warmup_ratio,
+            schedule=training.schedule,
+        ),
+        precision=precision,
+        keep_best=training.keep == "best",
+        report=report,
+    )
+    teacher.to(arguments.device)
+    teacher_perplexity = loop.perplexity(teacher, heldout, precision)
+    perplexity_before = loop.perplexity(student, heldout, precision)
+    if precision == "bfloat16":
+        loop.round_linears_(teacher)
+    num_parameters, teacher_num_parameters = (m.num_parameters() for m in (student, teacher))
+    last = loop.last_checkpoint(work_dir)
+    run.train(resume_from_checkpoint=None if last is None else str(last))
+
+    history = run.state.log_history
+    steps = [entry for entry in history if "loss" in entry]
+    perplexities = {entry["step"]: entry["perplexity"] for entry in history if "perplexity" in entry}
+    perplexity_after = perplexities[max(perplexities)]
+    if training.keep == "best" and math.isfinite(min(perplexities.values())):
+        perplexity_after = min(perplexities.values())
+        safetensors.torch.load_model(student, str(run.best_weights))
+    student.to("cpu").eval()
+    if run.is_world_process_zero():
+        save_model(student, tokenizer_source, out)
+    return TrainingSummary(
+        num_parameters=num_parameters,
+        teacher_num_parameters=teacher_num_parameters,
+        kept_layers=kept_layers,
+        num_zeros_kept=num_zeros_kept,
+        num_steps=steps[-1]["step"],
+        num_tokens=int(steps[-1]["tokens"]),
+        stopped_by="steps" if steps[-1]["step"] == training.max_steps else "minutes",
+        resumed_from_step=None if last is None else int(last.name.removeprefix(loop.CHECKPOINT)),
+        precision=precision,
+        loss_first=steps[0]["loss"],
+        loss_last=steps[-1]["loss"],
+        perplexity_before=perplexity_before,
+        perplexity_after=perplexity_after,
+        teacher_perplexity=teacher_perplexity,
+        tokens_per_s=steps[-1]["tokens"] / sum(entry["step_s"] for entry in steps),
+        elapsed_s=history[-1]["elapsed_s"],
+        curve=_curve(steps, perplexities),
+    )
+
+
+def _arguments(training: Training, seed: int, work_dir: Path, precision: str) -> "TrainingArguments":
+    import torch
+    from transformers import TrainingArguments
+
+    use_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=precision == "bfloat16",
+        use_cpu=use_cpu,
+        seed=seed,
+        train_sampling_strategy="sequential",  # the data set is in training order already
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number is an error here
+        eval_strategy="steps",
+        eval_steps=training.evaluate_every_steps,
+        save_strategy="steps",
+        save_steps=training.save_every_steps,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _check_disk(work_dir: Path, out: Path, checkpoint_bytes: int) -> None:
+    """Raise ValueError unless there is room for the student and two checkpoints.
+
+    Two, because the next is whole before the last goes; what an interrupted run left in `work_dir` counts as room.
+    """
+    there = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file())
+    needs = {work_dir: 2 * checkpoint_bytes - there, out: checkpoint_bytes // 3}
+    for directory, needed in needs.items():
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if free < needed:
+            raise ValueError(
+                f"Training needs {needed / 2**20:.0f} MiB of disk in {directory}; {free / 2**20:.0f} MiB are free. "
+                "Free some, or move the store to a larger disk."
+            )
+
+
+def _claim(work_dir: Path, **arguments: Any) -> None:
+    """Write down what `work_dir` is for, or check that it is for the same.
+
+    Raises:
+        ValueError: it holds checkpoints of a run with other arguments.
+    """
+    content = {
+        "inputs": [_digests(path) for path in arguments["inputs"]],
+        "data": _digests(arguments["data"]),
+        "options": arguments["options"].model_dump(mode="json"),
+        "seed": arguments["seed"],
+        "precision": arguments["precision"],
+    }
+    record = work_dir / "arguments.json"
+    text = json.dumps(content, indent=1, sort_keys=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        partial = record.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(record)
+        return
+    earlier = json.loads(record.read_text())
+    different = [name for name in content if content[name] != earlier.get(name)]
+    if different:
+        raise ValueError(
+            f"A work directory belongs to one run; {work_dir} holds checkpoints of one with other "
+            f"{', '.join(different)}. Delete it, or use another."
+        )
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _curve(steps: list[dict[str, float]], perplexities: dict[int, float]) -> tuple[CurvePoint, ...]:
+    """At most MAX_POINTS equally spaced steps, and every step with a perplexity."""
+    spacing = math.ceil(len(steps) / MAX_POINTS)
+    points, group = [], []
+    for number, entry in enumerate(steps, start=1):
+        group.append(entry)
+        step = int(entry["step"])
+        if number % spacing and number < len(steps) and step not in perplexities:
+            continue
+        mean = {name: sum(e[name] for e in group) / len(group) for name in ("loss", "cross_entropy", "forward_kl")}
+        points.append(
+            CurvePoint(
+                step=step,
+                num_tokens=int(entry["tokens"]),
+                learning_rate=entry["learning_rate"],
+                perplexity=perplexities.get(step),
+                **mean,
+            )
+        )
+        group = []
+    return tuple(points)

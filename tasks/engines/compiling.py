@@ -1,0 +1,191 @@
+"""From a checkpoint to an engine bundle, and from a bundle to a session.
+
+A bundle is a directory: the engine's own files, the tokenizer, and manifest.json, which names the engine and its
+options, the precision the engine says it used, library versions, and the SHA-256 of every file.
+"""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, TypeAdapter
+
+from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer
+from tasks.calibration.progress import Report, silent
+from tasks.calibration.tokens import load_tokens
+from tasks.engines import Engine, PyTorch
+from tasks.engines.parity import Parity, compare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tasks.engines.generation import Session
+
+MANIFEST = "manifest.json"
+PARITY_WINDOWS = 4
+PARITY_LENGTH = 128
+LIBRARIES = {
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+    "tensorrt": ("onnx", "tensorrt", "tensorrt-rtx-cu13"),
+}
+
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """What a bundle is."""
+
+    format: Literal[1] = 1
+    engine: Engine
+    status: Literal["run", "built, not run here"]
+    why_not_run: str | None = None
+    facts: dict[str, str] = Field(description="What the engine says it uses; empty when it was not run.")
+    versions: dict[str, str]
+    processor: str = Field(description="Where it was compiled and compared.")
+    checkpoint_files: dict[str, str] = Field(description="SHA-256 of every file of the checkpoint it was made from.")
+    files: dict[str, str] = Field(description="SHA-256 of every file of the bundle but this one.")
+
+
+class EngineSummary(BaseModel, frozen=True, extra="forbid"):
+    """What was compiled, and how close its answers are to PyTorch's on the same checkpoint."""
+
+    status: Literal["run", "built, not run here"]
+    why_not_run: str | None
+    size_bytes: int
+    engine_size_bytes: int = Field(description="Without the tokenizer.")
+    facts: dict[str, str]
+    parity: Parity | None = Field(description="None: not run here.")
+
+
+def compile_engine(
+    *, checkpoint: Path, data: Path, engine: Engine, threads: int, out: Path, report: Report = silent
+) -> EngineSummary:
+    """Compile `checkpoint` for `engine`, write the bundle, load it as a user would, and compare it with PyTorch.
+
+    Args:
+        checkpoint: plain or quantized checkpoint directory.
+        data: prepared tokens; the first evaluation windows are what both read.
+        engine: options of one engine.
+        threads: of both engines.
+        out: receives the bundle.
+
+    Raises:
+        ValueError: the engine's library is missing, it cannot compile this checkpoint, or its answers are not finite.
+    """
+    if problem := engine.missing():
+        raise ValueError(problem)
+    engine.compile(checkpoint, out)
+    engine_size_bytes = _size(out)
+    copy_tokenizer(checkpoint, out)
+    report(1, 3, {})
+    facts: dict[str, str] = {}
+    parity = None
+    if engine.executable:
+        session = engine.load(out, threads=threads)
+        report(2, 3, {})
+        reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
+        try:
+            windows = load_tokens(data, "evaluation")[:PARITY_WINDOWS, :PARITY_LENGTH].astype(np.int64)
+            parity = compare(session, reference, windows)
+            facts = dict(session.facts)
+        finally:
+            session.close()
+            reference.close()
+    manifest = Manifest(
+        engine=engine,
+        status="run" if parity else "built, not run here",
+        why_not_run=None if parity else engine.cannot_run(),
+        facts=facts,
+        versions=_versions(LIBRARIES[engine.engine]),
+        processor=_processor(),
+        checkpoint_files=_digests(checkpoint),
+        files=_digests(out),
+    )
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    report(3, 3, {})
+    return EngineSummary(
+        status=manifest.status,
+        why_not_run=manifest.why_not_run,
+        size_bytes=_size(out),
+        engine_size_bytes=engine_size_bytes,
+        facts=facts,
+        parity=parity,
+    )
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+    """
+    try:
+        content: Any = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+        return TypeAdapter(Manifest).validate_python(content)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{bundle} holds no {MANIFEST}; an engine bundle is a directory that compiling wrote."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{bundle / MANIFEST} is not the manifest of an engine bundle: {error}") from None
+
+
+def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Session, PreTrainedTokenizerBase]":
+    """The engine of a bundle, ready to generate, and its tokenizer.
+
+    Args:
+        verify: compare every file with the manifest before anything is parsed; about 1 s per GB.
+
+    Raises:
+        ValueError: a file was changed or lost, or this machine cannot run the engine.
+    """
+    manifest = read_manifest(bundle)
+    if verify:
+        _verify(bundle, manifest)
+    if problem := manifest.engine.missing() or manifest.engine.cannot_run():
+        raise ValueError(problem)
+    return manifest.engine.load(bundle, threads=threads), load_tokenizer(bundle)
+
+
+def _verify(bundle: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        file = bundle / name
+        if not file.is_file():
+            raise ValueError(f"The engine bundle {bundle} lost its file {name}. Compile it again.")
+        if _digest(file) != expected:
+            raise ValueError(f"The file {name} of the engine bundle {bundle} was changed. Compile it again.")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {p.relative_to(directory).as_posix(): _digest(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def _size(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """The processor's own name, as Linux tells it, else the architecture's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

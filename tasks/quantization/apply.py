@@ -1,0 +1,192 @@
+"""Stage: a float checkpoint in, a compressed-tensors checkpoint out, one layer in memory at a time."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from tasks.calibration.architectures import Architecture, architecture, matching
+from tasks.calibration.checkpoints import copy_tokenizer
+from tasks.calibration.progress import Report, silent
+from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization.checkpoint_format import (
+    QuantizedWeight,
+    Scheme,
+    Tensors,
+    TensorWriter,
+    packed_scheme,
+    packed_tensors,
+    plain_scheme,
+    plain_tensors,
+    quantization_config,
+    tied_tensors,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class QuantizedLayer(BaseModel, frozen=True):
+    """What quantization made of one layer."""
+
+    name: str
+    num_weights: int
+    bits: int
+    symmetric: bool
+    group_size: int | None
+    bits_per_weight: float  # with scales (float16) and zero points
+    relative_error: float  # ||W - W'|| / ||W||, Frobenius norms
+    max_error: float  # largest |w - w'|
+
+
+class QuantizationSummary(BaseModel, frozen=True):
+    """What quantization made of a checkpoint."""
+
+    num_parameters: int  # tied ones once
+    num_quantized: int
+    bits_per_weight: float  # of the quantized weights, with scales (float16) and zero points
+    bits_per_parameter: float  # of the whole checkpoint's tensors
+    size_bytes_before: int  # the tensors as float32
+    size_bytes: int  # the safetensors files
+    relative_error: float  # over all quantized weights together
+    worst_layer: str  # the one with the largest relative error
+    worst_relative_error: float
+    layers: list[QuantizedLayer]
+    left_float: list[str]  # layers that could have been quantized and were not
+
+
+def quantize_checkpoint(
+    *, checkpoint: Path, data: Path, method: QuantizationMethod, out: Path, report: Report = silent
+) -> QuantizationSummary:
+    """Quantize the linear layers of a checkpoint, and its embedding and LM head where `method` says so.
+
+    Args:
+        checkpoint: plain checkpoint directory, float, of a family in `architectures.py`.
+        data: prepared data; round to nearest reads none of it.
+        method: how.
+        out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
+            quantized is float32.
+        report: told after every layer.
+
+    Raises:
+        ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
+            divide a layer; an `ignore` pattern matches no layer, or everything is ignored.
+    """
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"Quantization needs a float checkpoint; {checkpoint} is quantized already. Start from the float model."
+        )
+    family = architecture(config["model_type"])
+    with Tensors(checkpoint) as tensors, TensorWriter(out) as writer:
+        tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
+        config["tie_word_embeddings"] = tied
+        grids = _grids(method, family, int(config[family.num_layers_option]), tied)
+        schemes: dict[str, Scheme] = {}
+        layers: list[QuantizedLayer] = []
+        error_squared = norm_squared = 0.0
+        num_parameters = 0
+        names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
+        for step, name in enumerate(names, start=1):
+            module = name.removesuffix(".weight")
+            values = tensors.tensor(name).float()
+            num_parameters += values.numel()
+            grid = grids.get(module) if name.endswith(".weight") else None
+            if grid is None:
+                _refuse_not_finite(values, name)
+                writer.add({name: values.numpy()})
+            else:
+                weight = method.quantize(values, grid, module)
+                layer, error, norm = _measure(module, values.numpy(), weight)
+                layers.append(layer)
+                error_squared += error
+                norm_squared += norm
+                if module in (family.embedding, family.lm_head):
+                    schemes[module] = plain_scheme(weight)
+                    writer.add(plain_tensors(module, weight))
+                    if tied:
+                        schemes[family.lm_head] = schemes[module]
+                        writer.add(tied_tensors(family.lm_head, weight))
+                else:
+                    schemes[module] = packed_scheme(weight)
+                    writer.add(packed_tensors(module, weight))
+            report(step, len(names), {"relative_error": layers[-1].relative_error} if grid else {})
+    left_float = [module for module, grid in grids.items() if grid is None]
+    config["dtype"] = "float32"
+    config.pop("torch_dtype", None)
+    config.pop("_name_or_path", None)
+    tied_float = [family.lm_head] if tied and family.lm_head not in schemes else []
+    config["quantization_config"] = quantization_config(schemes, left_float + tied_float)
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_tokenizer(checkpoint, out)
+    if (checkpoint / "generation_config.json").exists():
+        shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
+    num_quantized = sum(layer.num_weights for layer in layers)
+    worst = max(layers, key=lambda layer: layer.relative_error)
+    if left_float:
+        logger.info("%d layers stay float32: %s", len(left_float), ", ".join(left_float))
+    return QuantizationSummary(
+        num_parameters=num_parameters,
+        num_quantized=num_quantized,
+        bits_per_weight=sum(layer.bits_per_weight * layer.num_weights for layer in layers) / num_quantized,
+        bits_per_parameter=writer.size_bytes * 8 / num_parameters,
+        size_bytes_before=num_parameters * 4,
+        size_bytes=writer.size_bytes,
+        relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
+        worst_layer=worst.name,
+        worst_relative_error=worst.relative_error,
+        layers=layers,
+        left_float=left_float,
+    )
+
+
+def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
+    """The grid of every layer that could be quantized; None where it is left alone."""
+    modules: dict[str, Grid | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
+    modules[family.embedding] = method.embeddings
+    modules[family.lm_head] = method.embeddings
+    for module in matching(list(modules), method.ignore):
+        modules[module] = None
+    if tied:
+        if modules[family.embedding] != modules[family.lm_head]:
+            raise ValueError(
+                f"{family.embedding} and {family.lm_head} share one weight here, so `ignore` must name both or "
+                f"neither; got {', '.join(method.ignore)}. Set `embeddings` to null to leave both alone."
+            )
+        del modules[family.lm_head]
+    if not any(modules.values()):
+        raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(method.ignore)}) leaves none.")
+    return modules
+
+
+def _measure(name: str, values: NDArray[np.float32], weight: QuantizedWeight) -> tuple[QuantizedLayer, float, float]:
+    """The layer's figures, and the squared norms of its error and of its weights."""
+    error = values - weight.dequantize()
+    error_squared = float(np.square(error, dtype=np.float64).sum())
+    norm_squared = float(np.square(values, dtype=np.float64).sum())
+    layer = QuantizedLayer(
+        name=name,
+        num_weights=values.size,
+        bits=weight.bits,
+        symmetric=weight.zero_point is None,
+        group_size=weight.group_size,
+        bits_per_weight=weight.size_bits / values.size,
+        relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
+        max_error=float(np.abs(error).max()),
+    )
+    return layer, error_squared, norm_squared
+
+
+def _refuse_not_finite(values: "Tensor", name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )

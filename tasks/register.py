@@ -1,0 +1,25 @@
+"""Task: an accepted engine bundle becomes a version of the registered model."""
+
+from pathlib import Path
+
+from infra import registry
+from infra.registry import Version
+from infra.tracking import Parent, StageResult
+
+ROOT = Path(__file__).parents[1]
+
+
+def register(
+    model: str, bundle: StageResult, *, parent: Parent, verdict: str, tags: dict[str, str], description: str
+) -> Version:
+    """The version of `model` that serves `bundle`, with alias `candidate`; the same bundle gives the same version."""
+    return registry.register(
+        model,
+        bundle=bundle,
+        parent=parent,
+        verdict=verdict,
+        python_model=ROOT / "tasks" / "serving.py",
+        code_paths=[ROOT / "tasks"],
+        tags=tags,
+        description=description,
+    )

@@ -1,0 +1,302 @@
+"""Small charts as inline SVG: scatter plots with a Pareto front, curves, intervals beside their limit.
+
+Colours come from the page's style sheet through classes, so that the charts follow light, dark and print. Every mark
+has a <title>, which browsers show as a tooltip and screen readers read.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from tasks.validation.pareto import pareto_front
+
+CHARACTER_WIDTH = 6.4
+"""Of the 11.5 px labels, on average; labels are placed with it, not measured."""
+LINE_HEIGHT = 14
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark of a scatter plot."""
+
+    x: float
+    y: float
+    label: str
+    tooltip: str
+    series: int
+    """Which colour and shape, 0..4; one per engine."""
+    on_front: bool
+    """Filled, because no other point beats it in any of the figures compared (more than the two drawn)."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from data to pixels; 0 is not forced in."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value."""
+        a, b, v = (math.log(x) if self.is_log else x for x in (self.low, self.high, value))
+        return self.start + (v - a) / ((b - a) or 1) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values inside the axis."""
+        if self.is_log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(k / 4 for k in range(4, 40))):
+                found = [s * 10.0**d for d in decades for s in steps if self.low <= s * 10.0**d <= self.high]
+                if len(found) >= 3:
+                    return found if len(found) < 9 else found[:: math.ceil(len(found) / 8)]
+            return nice_ticks(self.low, self.high)
+        return nice_ticks(self.low, self.high)
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten in [low, high], about as many as asked."""
+    span = (high - low) or abs(high) or 1.0
+    rough = span / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def scatter(
+    points: Sequence[Point],
+    *,
+    x_label: str,
+    y_label: str,
+    width: int = 560,
+    height: int = 400,
+) -> Markup:
+    """Points with the front of the two figures drawn as a staircase; less is better on both axes.
+
+    An axis whose values span more than a factor of three is logarithmic, and says so.
+    """
+    left, right, top, bottom = 58, 16, 14, 46
+    x = _axis([p.x for p in points], left + 14, width - right - 14)
+    y = _axis([p.y for p in points], height - bottom - 12, top + 12)
+    parts = [_grid(x, y, left, width - right, top, height - bottom)]
+    parts.append(_axis_names(x, y, x_label, y_label, left, width, height, bottom))
+    front = sorted({(p.x, p.y) for p, on in zip(points, pareto_front([(p.x, p.y) for p in points]), strict=True) if on})
+    if front:
+        path = f"M{x(front[0][0]):.1f},{top}V{y(front[0][1]):.1f}"
+        path += "".join(f"H{x(px):.1f}V{y(py):.1f}" for px, py in front[1:]) + f"H{width - right}"
+        parts.append(
+            Markup('<path class="front" d="{}"><title>Pareto front of these two figures</title></path>').format(path)
+        )
+    placed = place_labels(
+        [(x(p.x), y(p.y), p.label) for p in points], left=left, right=width - right, top=top, bottom=height - bottom
+    )
+    for point, (label_x, label_y, far) in zip(points, placed, strict=True):
+        at_x, at_y = x(point.x), y(point.y)
+        if far:
+            end_x = min(max(at_x, label_x), label_x + text_width(point.label))
+            end_y = label_y - 10 if label_y > at_y else label_y + 2
+            parts.append(
+                Markup('<line class="leader" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+                    at_x, at_y, end_x, end_y
+                )
+            )
+        parts.append(_mark(at_x, at_y, point))
+        parts.append(
+            Markup('<text class="label" x="{:.1f}" y="{:.1f}">{}<title>{}</title></text>').format(
+                label_x, label_y, point.label, point.tooltip
+            )
+        )
+    return _svg(width, height, f"{y_label} against {x_label}", parts)
+
+
+def place_labels(
+    anchors: Sequence[tuple[float, float, str]], *, left: float, right: float, top: float, bottom: float
+) -> list[tuple[float, float, bool]]:
+    """Where each label starts, (x, baseline y, whether it is so far that it needs a line to its point).
+
+    Greedy: each label takes the nearest of rings of places around its point that covers no point and no earlier label
+    and lies inside the plot; points in the thick of others choose first. When nothing is free the label takes the
+    place that covers least.
+    """
+    marks = [(px - 6, py - 6, px + 6, py + 6) for px, py, _ in anchors]
+    taken: list[tuple[float, float, float, float]] = []
+    chosen: dict[int, tuple[float, float, bool]] = {}
+
+    def crowd(index: int) -> float:
+        px, py, _ = anchors[index]
+        return -sum(1 / (1 + math.hypot(px - qx, (py - qy) * 3)) for qx, qy, _ in anchors)
+
+    for index in sorted(range(len(anchors)), key=crowd):
+        px, py, label = anchors[index]
+        wide = text_width(label)
+        best: tuple[float, tuple[float, float, bool], tuple[float, float, float, float]] | None = None
+        for distance in (10, 18, 30, 44, 60, 80, 104, 130):
+            sideways = [(px + distance, py + 4), (px - distance - wide, py + 4)]
+            above = [(px - wide / 2, py - distance), (px - wide / 2, py + distance + 8)]
+            corners = [
+                (px + side * distance * 0.8 - (wide if side < 0 else 0), py + 4 + updown * distance)
+                for side in (1, -1)
+                for updown in (-0.8, 0.8)
+            ]
+            for lx, ly in [*sideways, *above, *corners]:
+                box = (lx - 1, ly - LINE_HEIGHT + 3, lx + wide + 1, ly + 3)
+                outside = max(0, left - box[0], box[2] - right, top - box[1], box[3] - bottom)
+                covered = sum(_overlap(box, other) for other in [*taken, *marks])
+                cost = covered + 40 * outside
+                if best is None or cost < best[0] - 1e-9:
+                    best = (cost, (lx, ly, distance > 18), box)
+            if best is not None and best[0] == 0:
+                break
+        assert best is not None
+        chosen[index] = best[1]
+        taken.append(best[2])
+    return [chosen[index] for index in range(len(anchors))]
+
+
+def text_width(text: str) -> float:
+    """Pixels that a label takes, roughly."""
+    return CHARACTER_WIDTH * len(text)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def curve(
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    label: str,
+    x_label: str,
+    width: int = 270,
+    height: int = 130,
+) -> Markup:
+    """One training curve; logarithmic where it falls by more than a factor of three."""
+    left, right, top, bottom = 46, 10, 8, 30
+    x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, left, width - right, is_log=False)
+    y = _axis(values, height - bottom, top + 4)
+    parts = [_grid(x, y, left, width - right, top, height - bottom, x_ticks=nice_ticks(x.low, x.high, 3))]
+    points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, values, strict=True))
+    tooltip = f"{label}: {values[0]:.4g} to {values[-1]:.4g} at {steps[-1]:,.0f} {x_label}"
+    parts.append(Markup('<polyline class="curve" points="{}"><title>{}</title></polyline>').format(points, tooltip))
+    parts.append(
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (left + width - right) / 2, height - 3, x_label
+        )
+    )
+    return _svg(width, height, tooltip, parts)
+
+
+def interval_bar(
+    *, limit: float, measured: float, low: float | None, high: float | None, is_max: bool, verdict: str
+) -> Markup:
+    """The measured interval beside its limit, the bad side shaded."""
+    width, height, edge = 190, 22, 8.0
+    low, high = (measured if end is None else end for end in (low, high))
+    ends = [limit, low, high]
+    pad = 0.25 * ((max(ends) - min(ends)) or abs(limit) or 1)
+    x = Axis(min(ends) - pad, max(ends) + pad, edge, width - edge, is_log=False)
+    shaded = (x(limit), width - edge) if is_max else (edge, x(limit))
+    tooltip = f"measured {measured:.4g} [{low:.4g}, {high:.4g}], limit {limit:.4g}"
+    parts = [
+        Markup('<rect class="bad" x="{:.1f}" y="2" width="{:.1f}" height="{}"/>').format(
+            shaded[0], max(0.0, shaded[1] - shaded[0]), height - 4
+        ),
+        Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="1" y2="{1}"/>').format(x(limit), height - 1),
+        Markup('<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="11" y2="11"/>').format(
+            verdict.lower(), x(low), max(x(high), x(low) + 0.1)
+        ),
+        Markup('<circle class="dot {}" cx="{:.1f}" cy="11" r="4"><title>{}</title></circle>').format(
+            verdict.lower(), x(measured), tooltip
+        ),
+    ]
+    return _svg(width, height, tooltip, parts, css="interval")
+
+
+def mark(series: int, *, on_front: bool = True) -> Markup:
+    """A mark as the legend shows it."""
+    point = Point(0, 0, "", "", series, on_front)
+    return Markup('<svg class="key" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true">{}</svg>').format(
+        _mark(8, 8, point)
+    )
+
+
+def _axis(values: Sequence[float], start: float, end: float) -> Axis:
+    low, high = min(values), max(values)
+    is_log = low > 0 and high / low > 3
+    if is_log:
+        room = (high / low) ** 0.06
+        return Axis(low / room, high * room, start, end, is_log=True)
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return Axis(low - room, high + room, start, end, is_log=False)
+
+
+def _grid(
+    x: Axis,
+    y: Axis,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+    x_ticks: Sequence[float] | None = None,
+) -> Markup:
+    parts = []
+    for value in x.ticks() if x_ticks is None else x_ticks:
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+                '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
+            ).format(x(value), top, bottom, bottom + 13, tick(value))
+        )
+    for value in y.ticks():
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{1}" x2="{2}" y1="{0:.1f}" y2="{0:.1f}"/>'
+                '<text class="tick" x="{3}" y="{4:.1f}" text-anchor="end">{5}</text>'
+            ).format(y(value), left, right, left - 6, y(value) + 4, tick(value))
+        )
+    return Markup("").join(parts)
+
+
+def tick(value: float) -> str:
+    """A tick's number without needless digits."""
+    if abs(value) < 1e-12:
+        return "0"
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.4g}k"
+    return f"{value:.4g}"
+
+
+def _axis_names(
+    x: Axis, y: Axis, x_label: str, y_label: str, left: float, width: float, height: float, bottom: float
+) -> Markup:
+    x_name, y_name = (f"{n} (log scale)" if a.is_log else n for n, a in ((x_label, x), (y_label, y)))
+    return Markup(
+        '<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>'
+        '<text class="axis" transform="translate(13,{}) rotate(-90)" text-anchor="middle">{}</text>'
+    ).format((left + width) / 2, height - 8, x_name, (height - bottom) / 2, y_name)
+
+
+def _mark(x: float, y: float, point: Point) -> Markup:
+    css = f"mark s{point.series}" + ("" if point.on_front else " hollow")
+    tag, shape = (
+        ("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="5"'),
+        ("rect", f'x="{x - 4.6:.1f}" y="{y - 4.6:.1f}" width="9.2" height="9.2"'),
+        ("path", f'd="M{x:.1f},{y - 5.8:.1f}l5.4,10h-10.8z"'),
+        ("path", f'd="M{x:.1f},{y - 6.2:.1f}l6.2,6.2l-6.2,6.2l-6.2,-6.2z"'),
+        ("path", f'd="M{x:.1f},{y + 5.8:.1f}l5.4,-10h-10.8z"'),
+    )[point.series % 5]
+    return Markup('<{tag} class="{css}" {shape}><title>{tooltip}</title></{tag}>').format(
+        tag=tag, css=css, shape=Markup(shape), tooltip=point.tooltip
+    )
+
+
+def _svg(width: int, height: int, title: str, parts: Sequence[Markup], css: str = "chart") -> Markup:
+    return Markup(
+        '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>'
+    ).format(css, width, height, width, height, title, Markup("").join(parts))

@@ -1,0 +1,447 @@
+"""How fast engines answer, measured side by side on one machine.
+
+A machine drifts: clocks, neighbours, caches. So nothing here is timed alone. Every subject lives in a process of its
+own, loaded and warm; time is cut into blocks, and in each block every subject answers the same prompt once, in an order
+drawn anew, one at a time. Ratios compare subjects block by block, where what slowed the machine down cancels. The
+original model in PyTorch takes part twice, as `original` and as its own control: the ratio between the two must be 1,
+and how far it is from 1 tells what the machine's noise does to every other figure.
+
+Definitions: TTFT is the time from the request until the first token is chosen; TPOT is (end - TTFT) / (new tokens - 1)
+of one request; inter-token times are the single gaps. Throughput is completed output tokens by wall-clock time of a
+batch of requests from its start, prompts included. The load is closed-loop: the next batch starts when the last ended.
+Every prompt is new, so no prefix cache answers.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, field_validator
+
+from tasks.calibration.progress import Report, silent
+from tasks.validation.latency_worker import Worker
+from tasks.validation.statistics import (
+    Estimate,
+    Percentiles,
+    median,
+    percentiles,
+    ratio_of_medians,
+    ratio_through_control,
+)
+
+ORIGINAL = "original"
+CONTROL = "original (control)"
+MIN_BLOCKS = 3
+SETTLE_S = 0.02
+"""Between two subjects: OpenMP and thread pools of the last one spin a few milliseconds before they sleep."""
+CONTROL_TOLERANCE = 0.03
+"""The control's interval may miss 1 by this much before the machine counts as noisy."""
+CONTROL_MAX_HALF_WIDTH = 0.15
+"""A wider interval of the control says that the machine's noise hides differences of this size."""
+
+
+class Speed(BaseModel, frozen=True, extra="forbid"):
+    """How speed is measured: greedy generation of a fixed number of tokens, subjects interleaved in blocks."""
+
+    prompt_tokens: int = Field(128, ge=1, description="Tokens per prompt.")
+    new_tokens: int = Field(48, ge=2, description="Tokens generated per prompt.")
+    batch_sizes: tuple[int, ...] = Field(
+        (1, 8), min_length=1, description="Requests at a time; TTFT and TPOT are those of batch size 1."
+    )
+    num_blocks: int = Field(8, ge=MIN_BLOCKS, description="Blocks in which every subject is timed at batch size 1.")
+    num_batch_blocks: int = Field(3, ge=1, description="Blocks that also time the larger batch sizes.")
+    max_minutes: float = Field(
+        6.0, gt=0, description=f"No new block starts after this, but {MIN_BLOCKS} blocks are always measured."
+    )
+    max_memory_mib: int = Field(
+        6000,
+        ge=1,
+        description="Subjects that would exceed this together are measured in groups, each beside the original.",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of prompts, of the order within blocks, and of the bootstrap.")
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _batch_sizes_begin_with_one(cls, batch_sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if batch_sizes[0] != 1 or any(a >= b for a, b in pairwise(batch_sizes)):
+            raise ValueError(f"batch_sizes must ascend from 1; got {list(batch_sizes)}. Write [1, 8], for example.")
+        return batch_sizes
+
+
+class Subject(BaseModel, frozen=True, extra="forbid"):
+    """An engine bundle to time."""
+
+    name: str
+    bundle: Path
+    baseline: str | None = Field(
+        None, description="Name of the subject that is the same engine with the unquantized original."
+    )
+
+
+class Throughput(BaseModel, frozen=True, extra="forbid"):
+    """Tokens per second of one subject at one batch size."""
+
+    num: int = Field(description="Timed batches.")
+    tokens_per_s: Estimate
+    ratio_to_original: Estimate = Field(description="Above 1: more tokens per second than the original.")
+    ratio_to_baseline: Estimate | None = None
+
+
+class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
+    """One subject: batch size 1 unless said otherwise; intervals are 95 %, from resampled blocks."""
+
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles = Field(description="Over requests.")
+    inter_token_ms: Percentiles = Field(description="Over single gaps between tokens.")
+    ttft_ratio_to_original: Estimate = Field(description="Below 1: faster than the original.")
+    tpot_ratio_to_original: Estimate
+    throughput: dict[int, Throughput] = Field(description="By batch size.")
+    load_s: float = Field(description="From an empty process with our code to a session; files may be in the cache.")
+    peak_memory_mib: float = Field(description="Largest resident set of its process, the Python runtime included.")
+    size_bytes: int
+    idle_cpu_percent: float = Field(description="Of one core, burnt while others were measured; should be near 0.")
+    group: int
+
+
+class Control(BaseModel, frozen=True, extra="forbid"):
+    """The original beside itself: every ratio should be 1."""
+
+    ttft_ratio: Estimate
+    tpot_ratio: Estimate
+    throughput_ratio: Estimate
+
+
+class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
+    """All subjects, the original among them under the name "original"."""
+
+    subjects: dict[str, SubjectSpeed]
+    control: Control
+    noisy: bool
+    noise: str = Field(description="What the control says about the machine, in a sentence.")
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    num_blocks: int
+    num_groups: int
+    elapsed_s: float
+
+
+@dataclass
+class Timings:
+    """What one subject did, block by block."""
+
+    load_s: float
+    size_bytes: int
+    group: int
+    peak_memory_mib: float = 0.0
+    idle_s: float = 0.0
+    idle_cpu_s: float = 0.0
+    batches: dict[int, list[list[float]]] = field(default_factory=dict)
+    """By batch size: for each block, seconds until each token was chosen, [new_tokens]."""
+
+    def ttft_ms(self) -> NDArray[np.float64]:
+        """[num_blocks, 1]."""
+        return np.asarray(1000 * np.array(self.batches[1])[:, :1], np.float64)
+
+    def tpot_ms(self) -> NDArray[np.float64]:
+        """[num_blocks, 1]: (end - TTFT) / (new tokens - 1)."""
+        chosen = 1000 * np.array(self.batches[1])
+        return np.asarray((chosen[:, -1:] - chosen[:, :1]) / (chosen.shape[1] - 1), np.float64)
+
+    def inter_token_ms(self) -> NDArray[np.float64]:
+        """[num_blocks, new_tokens - 1]."""
+        return np.diff(1000 * np.array(self.batches[1]), axis=1)
+
+    def tokens_per_s(self, batch_size: int) -> NDArray[np.float64]:
+        """[num_blocks, 1]."""
+        chosen = np.array(self.batches[batch_size])
+        return np.asarray(batch_size * chosen.shape[1] / chosen[:, -1:], np.float64)
+
+
+def measure_speed(
+    *,
+    subjects: list[Subject],
+    original: Path,
+    data: Path,
+    options: Speed,
+    threads: int,
+    out: Path,
+    report: Report = silent,
+) -> SpeedSummary:
+    """Latency, throughput, memory and size of every subject and of the original checkpoint in PyTorch.
+
+    Writes repetitions.parquet: every timed batch with the seconds until each of its tokens.
+
+    Raises:
+        ValueError: a subject cannot be loaded or cannot read prompts of this length.
+        ChildProcessError: a subject's process died; names it.
+    """
+    started_at = time.monotonic()
+    ends_at = started_at + 60 * options.max_minutes
+    _check_names(subjects)
+    prompts = Prompts(data, options)
+    groups: list[dict[str, Timings]] = []
+    waiting = list(subjects)
+    while waiting or not groups:
+        with ExitStack() as stack:
+            running = _start_group(stack, waiting, original, prompts, options, threads, group=len(groups))
+            left = [subject for subject in waiting if subject.name not in running]
+            share = 1 - len(left) / max(1, len(waiting))
+            now = time.monotonic()
+            deadline = now + share * max(0.0, ends_at - now)
+            _measure_blocks(running, prompts, options, deadline, report, num_before=len(groups), more=bool(left))
+            groups.append({name: _finished(worker, timing) for name, (worker, timing) in running.items()})
+            waiting = left
+    _write_repetitions(groups, out / "repetitions.parquet")
+    return summarize(groups, subjects, options, threads=threads, elapsed_s=time.monotonic() - started_at)
+
+
+class Prompts:
+    """Prompts of evaluation text, each from a place drawn anew, so that no prefix cache knows it."""
+
+    def __init__(self, data: Path, options: Speed) -> None:
+        from tasks.calibration.tokens import load_tokens
+
+        self._tokens = load_tokens(data, "evaluation").reshape(-1).astype(np.int64)
+        self._length = options.prompt_tokens
+        self._rng = np.random.default_rng(options.seed)
+        if len(self._tokens) < 2 * self._length:
+            raise ValueError(
+                f"Different prompts of {self._length} tokens need at least {2 * self._length} evaluation tokens; got "
+                f"{len(self._tokens)}. Raise data.num_evaluation_windows, or lower speed.prompt_tokens."
+            )
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """[batch_size, prompt_tokens] int64."""
+        starts = self._rng.integers(0, len(self._tokens) - self._length + 1, batch_size)
+        return np.asarray(self._tokens[starts[:, None] + np.arange(self._length)], np.int64)
+
+
+def _check_names(subjects: Sequence[Subject]) -> None:
+    names = [subject.name for subject in subjects]
+    if {ORIGINAL, CONTROL} & set(names) or len(set(names)) < len(names):
+        raise ValueError(f"Subjects need different names, none of them {ORIGINAL!r}; got {', '.join(names)}.")
+    for subject in subjects:
+        if subject.baseline is not None and subject.baseline not in names:
+            raise ValueError(f"The baseline of {subject.name!r} must be a subject; got {subject.baseline!r}.")
+
+
+def _start_group(
+    stack: ExitStack,
+    waiting: Sequence[Subject],
+    original: Path,
+    prompts: Prompts,
+    options: Speed,
+    threads: int,
+    *,
+    group: int,
+) -> dict[str, tuple[Worker, Timings]]:
+    """The original, its control, and as many waiting subjects as memory takes (at least one), loaded and warm."""
+    running: dict[str, tuple[Worker, Timings]] = {}
+    memory_mib = 0.0
+    twice = [(ORIGINAL, original, True), (CONTROL, original, True)]
+    for name, path, is_original in [*twice, *((subject.name, subject.bundle, False) for subject in waiting)]:
+        worker = stack.enter_context(closing(Worker(name, threads=threads)))
+        load_s = worker.load(path, original=is_original)
+        _warm_up(worker, prompts, options)
+        memory_mib += worker.memory_mib().now
+        if memory_mib > options.max_memory_mib and len(running) > len(twice):
+            worker.close()
+            break
+        running[name] = (worker, Timings(load_s=load_s, size_bytes=size_bytes(path), group=group))
+    return running
+
+
+def _warm_up(worker: Worker, prompts: Prompts, options: Speed) -> None:
+    """One request of full length, and the beginning of one at each larger batch size: engines compile per shape."""
+    needed = options.prompt_tokens + options.new_tokens - 1  # the last new token is not read back
+    if worker.max_length < needed:
+        raise ValueError(
+            f"{worker.name!r} reads at most {worker.max_length} tokens; speed.prompt_tokens and speed.new_tokens need "
+            f"{needed}. Lower them, or compile the engine with a larger max_length."
+        )
+    for batch_size in options.batch_sizes:
+        worker.generate(prompts.draw(batch_size), options.new_tokens if batch_size == 1 else min(8, options.new_tokens))
+    worker.idle_s = worker.idle_cpu_s = 0.0
+
+
+def _measure_blocks(
+    running: dict[str, tuple[Worker, Timings]],
+    prompts: Prompts,
+    options: Speed,
+    deadline: float,
+    report: Report,
+    *,
+    num_before: int,
+    more: bool,
+) -> None:
+    """Fills the timings of a group, block by block, until all blocks are done or the deadline passed.
+
+    Args:
+        num_before: groups before this one.
+        more: whether another group follows; how many do shows only when memory is full again.
+    """
+    rng = np.random.default_rng([options.seed, num_before])
+    every = max(1, options.num_blocks // options.num_batch_blocks)
+    for block in range(options.num_blocks):
+        if block >= MIN_BLOCKS and time.monotonic() > deadline:
+            break
+        larger_too = block % every == 0 and block // every < options.num_batch_blocks
+        for batch_size in options.batch_sizes if larger_too else (1,):
+            input_ids = prompts.draw(batch_size)
+            for name in rng.permutation([name for name in running if batch_size == 1 or name != CONTROL]):
+                worker, timing = running[str(name)]
+                time.sleep(SETTLE_S)
+                timing.batches.setdefault(batch_size, []).append(worker.generate(input_ids, options.new_tokens))
+        step = num_before * options.num_blocks + block + 1
+        report(
+            step,
+            (num_before + 1 + more) * options.num_blocks,
+            {f"tpot_ms.{name}": float(timing.tpot_ms()[-1, 0]) for name, (_, timing) in running.items()},
+        )
+
+
+def _finished(worker: Worker, timing: Timings) -> Timings:
+    timing.peak_memory_mib = worker.memory_mib().peak
+    timing.idle_s, timing.idle_cpu_s = worker.idle_s, worker.idle_cpu_s
+    return timing
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _write_repetitions(groups: Sequence[dict[str, Timings]], path: Path) -> None:
+    import pandas as pd
+
+    rows = [
+        {"group": group, "subject": name, "batch_size": batch_size, "block": block, "chosen_after_s": chosen}
+        for group, timings in enumerate(groups)
+        for name, timing in timings.items()
+        for batch_size, blocks in timing.batches.items()
+        for block, chosen in enumerate(blocks)
+    ]
+    pd.DataFrame(rows).to_parquet(path, index=False)
+
+
+def summarize(
+    groups: Sequence[dict[str, Timings]],
+    subjects: Sequence[Subject],
+    options: Speed,
+    *,
+    threads: int,
+    elapsed_s: float,
+) -> SpeedSummary:
+    """Figures and intervals from raw timings.
+
+    Args:
+        groups: timings by subject; each group has the original and its control. All blocks of the original count for
+            its own figures; a subject is compared with the blocks of its own group.
+        subjects: for their baselines.
+        options: as measured.
+        threads: of every engine.
+        elapsed_s: of the whole measurement.
+    """
+    pooled = {name: _pool([timings[name] for timings in groups]) for name in (ORIGINAL, CONTROL)}
+    everyone = {ORIGINAL: (pooled[ORIGINAL], pooled[ORIGINAL])}
+    for timings in groups:
+        everyone |= {name: (t, timings[ORIGINAL]) for name, t in timings.items() if name not in pooled}
+    baselines = {subject.name: subject.baseline for subject in subjects if subject.baseline}
+    seed = options.seed
+    summaries = {}
+    for name, (timing, original) in everyone.items():
+        baseline = everyone.get(baselines.get(name, ""))
+        throughput = {}
+        for batch_size in options.batch_sizes:
+            rate, beside = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
+            versus = None
+            if baseline and baseline[1] is original:
+                versus = ratio_of_medians(rate, baseline[0].tokens_per_s(batch_size), seed=seed)
+            elif baseline:
+                others = [t.tokens_per_s(batch_size) for t in baseline]
+                versus = ratio_through_control(rate, beside, *others, seed=seed)
+            throughput[batch_size] = Throughput(
+                num=rate.size,
+                tokens_per_s=median(rate, seed=seed),
+                ratio_to_original=ratio_of_medians(rate, beside, seed=seed),
+                ratio_to_baseline=versus,
+            )
+        summaries[name] = SubjectSpeed(
+            ttft_ms=percentiles(timing.ttft_ms(), seed=seed),
+            tpot_ms=percentiles(timing.tpot_ms(), seed=seed),
+            inter_token_ms=percentiles(timing.inter_token_ms(), seed=seed),
+            ttft_ratio_to_original=ratio_of_medians(timing.ttft_ms(), original.ttft_ms(), seed=seed),
+            tpot_ratio_to_original=ratio_of_medians(timing.tpot_ms(), original.tpot_ms(), seed=seed),
+            throughput=throughput,
+            load_s=timing.load_s,
+            peak_memory_mib=timing.peak_memory_mib,
+            size_bytes=timing.size_bytes,
+            idle_cpu_percent=100 * timing.idle_cpu_s / max(timing.idle_s, 1e-9),
+            group=timing.group,
+        )
+    control = _control(pooled[ORIGINAL], pooled[CONTROL], seed=seed)
+    noisy, noise = judge_noise(control)
+    return SpeedSummary(
+        subjects=summaries,
+        control=control,
+        noisy=noisy,
+        noise=noise,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        threads=threads,
+        num_blocks=min(len(timing.batches[1]) for timings in groups for timing in timings.values()),
+        num_groups=len(groups),
+        elapsed_s=elapsed_s,
+    )
+
+
+def _pool(timings: Sequence[Timings]) -> Timings:
+    """One subject that took part in several groups: all its blocks, its first load, its highest memory."""
+    batches: dict[int, list[list[float]]] = {}
+    for timing in timings:
+        for batch_size, blocks in timing.batches.items():
+            batches.setdefault(batch_size, []).extend(blocks)
+    return Timings(
+        load_s=timings[0].load_s,
+        size_bytes=timings[0].size_bytes,
+        group=timings[0].group,
+        peak_memory_mib=max(timing.peak_memory_mib for timing in timings),
+        idle_s=sum(timing.idle_s for timing in timings),
+        idle_cpu_s=sum(timing.idle_cpu_s for timing in timings),
+        batches=batches,
+    )
+
+
+def _control(original: Timings, control: Timings, *, seed: int) -> Control:
+    return Control(
+        ttft_ratio=ratio_of_medians(control.ttft_ms(), original.ttft_ms(), seed=seed),
+        tpot_ratio=ratio_of_medians(control.tpot_ms(), original.tpot_ms(), seed=seed),
+        throughput_ratio=ratio_of_medians(control.tokens_per_s(1), original.tokens_per_s(1), seed=seed),
+    )
+
+
+def judge_noise(control: Control) -> tuple[bool, str]:
+    """Whether the machine was too noisy, and what the control shows, in a sentence."""
+    named = {"TTFT": control.ttft_ratio, "TPOT": control.tpot_ratio, "throughput": control.throughput_ratio}
+    shown = ", ".join(f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in named.items())
+    off = [n for n, e in named.items() if _low(e) > 1 + CONTROL_TOLERANCE or _high(e) < 1 - CONTROL_TOLERANCE]
+    wide = [n for n, e in named.items() if (_high(e) - _low(e)) / 2 > CONTROL_MAX_HALF_WIDTH]
+    if off:
+        return True, f"Noisy: the original differs from itself ({shown}; ratios should be 1)."
+    if wide:
+        return True, f"Noisy: the original's ratio to itself is known only roughly ({shown}; should be 1)."
+    return False, f"Quiet enough: the original beside itself gives ratios of {shown}; they should be 1."
+
+
+def _low(estimate: Estimate) -> float:
+    return -np.inf if estimate.low is None else estimate.low
+
+
+def _high(estimate: Estimate) -> float:
+    return np.inf if estimate.high is None else estimate.high

@@ -1,0 +1,346 @@
+"""How well an engine still answers: perplexity, and agreement with the original, on the same text.
+
+Perplexity is exp(total negative log-likelihood / predicted tokens) over windows that do not overlap (stride = window);
+the first token of each window is context only. It is computed from the logits of the engine that will serve, so that
+whatever the engine loses counts too. It compares models with the same tokenizer; bits per byte compares any.
+
+Agreement needs no reference text: KL(original ‖ candidate) of the next-token distributions, and how often both find
+the same token likeliest.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from tasks.calibration.progress import Report, silent
+from tasks.validation.statistics import Estimate, bootstrap_ratio_of_sums, paired_increase_percent
+
+if TYPE_CHECKING:
+    from tasks.engines.generation import Session
+
+ROWS_PER_CHUNK = 64
+"""Positions whose log-softmax is held at once: 64 of 150 000 tokens are 38 MiB."""
+MAX_REFERENCE_BYTES = 128 * 2**20
+"""Bound of the original's stored log-probabilities, 4 bytes per vocabulary entry and position."""
+
+
+class Quality(BaseModel, frozen=True, extra="forbid"):
+    """What is measured of every candidate's answers, on the evaluation windows of the data."""
+
+    num_kl_positions: int = Field(
+        512,
+        ge=1,
+        le=100_000,
+        description="Positions, drawn over all windows, where whole next-token distributions are compared; "
+        "fewer where they would fill more than 128 MiB.",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the drawn positions and of the bootstrap.")
+
+
+class ReferenceSummary(BaseModel, frozen=True, extra="forbid"):
+    """The original on the evaluation windows, in PyTorch and float32."""
+
+    perplexity: Estimate
+    bits_per_byte: Estimate
+    window: int = Field(description="Tokens per window; the stride is the same.")
+    num_windows: int
+    num_documents: int
+    num_tokens: int = Field(description="Predicted tokens.")
+    num_kl_positions: int
+
+
+class QualitySummary(BaseModel, frozen=True, extra="forbid"):
+    """A candidate on the same windows; intervals are 95 %, from resampled documents."""
+
+    perplexity: Estimate
+    perplexity_increase_percent: Estimate = Field(description="Over the original on the same windows, paired.")
+    original_perplexity: float
+    bits_per_byte: Estimate
+    top1_agreement: Estimate = Field(description="Fraction of positions where both find the same token likeliest.")
+    kl_nats: Estimate = Field(description="Mean KL(original ‖ candidate) over the drawn positions.")
+    window: int
+    num_windows: int
+    num_documents: int
+    num_tokens: int
+    num_kl_positions: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation part of a data directory."""
+
+    tokens: NDArray[np.int32]  # [num_windows, window]
+    documents: NDArray[np.int32]  # [num_windows], where each window comes from
+    num_bytes: NDArray[np.int64]  # [num_windows], UTF-8 bytes of the predicted tokens, all but each window's first
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """What the logits of one window say; W - 1 positions predict a token."""
+
+    nll: NDArray[np.float32]  # [W - 1], nats
+    top1: NDArray[np.int32]  # [W - 1]
+    log_probabilities: NDArray[np.float32]  # [positions asked for, vocab_size]
+
+
+def measure_reference(
+    *, checkpoint: Path, data: Path, options: Quality, threads: int, out: Path, report: Report = silent
+) -> ReferenceSummary:
+    """The original's answers in PyTorch, stored in `out` for candidates to be compared with.
+
+    Writes nll.npy [num_windows, W - 1] float32, top1.npy [num_windows, W - 1] int32, kl_positions.npy [K, 2] int64
+    (window, position), kl_log_probabilities.npy [K, vocab_size] float32 and reference.json.
+
+    Raises:
+        ValueError: the checkpoint cannot read the windows, or its logits are not finite.
+    """
+    from tasks.engines.pytorch import PyTorch
+
+    evaluation = load_evaluation(data)
+    session = PyTorch(precision="float32").load(checkpoint, threads=threads)
+    try:
+        positions = sample_positions(
+            evaluation.tokens.shape, num_kl_positions(options, session.vocab_size), seed=options.seed
+        )
+        scores = list(_scores(session, evaluation, positions, threads=threads, name="The original", report=report))
+    finally:
+        vocab_size = session.vocab_size
+        session.close()
+    nll = np.stack([window.nll for window in scores])
+    np.save(out / "nll.npy", nll)
+    np.save(out / "top1.npy", np.stack([window.top1 for window in scores]))
+    np.save(out / "kl_positions.npy", positions)
+    np.save(out / "kl_log_probabilities.npy", np.concatenate([window.log_probabilities for window in scores]))
+    about = {"evaluation_sha256": evaluation.sha256, "vocab_size": vocab_size, "num_kl_positions": len(positions)}
+    (out / "reference.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    per_window, num_tokens = nll.sum(axis=1, dtype=np.float64), np.full(len(nll), nll.shape[1])
+    return ReferenceSummary(
+        perplexity=bootstrap_ratio_of_sums(
+            per_window, num_tokens, evaluation.documents, seed=options.seed, transform=np.exp
+        ),
+        bits_per_byte=bits_per_byte(per_window, evaluation, seed=options.seed),
+        window=evaluation.tokens.shape[1],
+        num_windows=len(nll),
+        num_documents=len(np.unique(evaluation.documents)),
+        num_tokens=nll.size,
+        num_kl_positions=len(positions),
+    )
+
+
+def measure_quality(
+    *, bundle: Path, reference: Path, data: Path, options: Quality, threads: int, out: Path, report: Report = silent
+) -> QualitySummary:
+    """The answers of an engine bundle, compared with those that `measure_reference` stored in `reference`.
+
+    Writes items.parquet, one row per window, from which every figure here can be computed again.
+
+    Raises:
+        ValueError: vocabularies or evaluation windows differ, the engine cannot read a window, or its logits are not
+            finite.
+    """
+    import pandas as pd
+
+    from tasks.engines.compiling import load_bundle
+
+    evaluation = load_evaluation(data)
+    about = json.loads((reference / "reference.json").read_text())
+    if about["evaluation_sha256"] != evaluation.sha256:
+        raise ValueError(
+            f"Candidate and original must read the same evaluation windows; the reference was measured on "
+            f"{about['evaluation_sha256'][:12]}, these are {evaluation.sha256[:12]}. Measure the reference again."
+        )
+    original_nll = np.load(reference / "nll.npy")
+    original_top1 = np.load(reference / "top1.npy")
+    positions = np.load(reference / "kl_positions.npy")
+    original_log_probabilities = np.load(reference / "kl_log_probabilities.npy", mmap_mode="r")
+    session, _ = load_bundle(bundle, threads=threads)
+    rows = []
+    next_position = 0
+    try:
+        if session.vocab_size != about["vocab_size"]:
+            raise ValueError(
+                f"Candidate and original must have the same vocabulary; the candidate has {session.vocab_size} "
+                f"tokens, the original {about['vocab_size']}. Compare a candidate that was made from this original."
+            )
+        scored = _scores(session, evaluation, positions, threads=threads, name="The candidate", report=report)
+        for index, window in enumerate(scored):
+            beside = slice(next_position, next_position + len(window.log_probabilities))
+            next_position = beside.stop
+            kl = kl_divergence(np.asarray(original_log_probabilities[beside]), window.log_probabilities)
+            rows.append(
+                {
+                    "window": index,
+                    "document": int(evaluation.documents[index]),
+                    "num_tokens": len(window.nll),
+                    "num_bytes": int(evaluation.num_bytes[index]),
+                    "nll": float(window.nll.sum(dtype=np.float64)),
+                    "original_nll": float(original_nll[index].sum(dtype=np.float64)),
+                    "num_same_top1": int((window.top1 == original_top1[index]).sum()),
+                    "num_kl_positions": len(kl),
+                    "kl_sum": float(kl.sum()),
+                }
+            )
+    finally:
+        session.close()
+    items = pd.DataFrame(rows)
+    items.to_parquet(out / "items.parquet", index=False)
+    return summarize(items, evaluation, seed=options.seed)
+
+
+def summarize(items: Any, evaluation: Evaluation, *, seed: int) -> QualitySummary:
+    """The summary of `items.parquet`, a pandas DataFrame with one row per window."""
+    column = {name: items[name].to_numpy() for name in items.columns}
+    documents, num_tokens = column["document"], column["num_tokens"]
+    return QualitySummary(
+        perplexity=bootstrap_ratio_of_sums(column["nll"], num_tokens, documents, seed=seed, transform=np.exp),
+        perplexity_increase_percent=paired_increase_percent(
+            column["nll"], column["original_nll"], num_tokens, documents, seed=seed
+        ),
+        original_perplexity=math.exp(column["original_nll"].sum() / num_tokens.sum()),
+        bits_per_byte=bits_per_byte(column["nll"], evaluation, seed=seed),
+        top1_agreement=bootstrap_ratio_of_sums(column["num_same_top1"], num_tokens, documents, seed=seed),
+        kl_nats=_mean_kl(column, seed=seed),
+        window=evaluation.tokens.shape[1],
+        num_windows=len(items),
+        num_documents=len(np.unique(documents)),
+        num_tokens=int(num_tokens.sum()),
+        num_kl_positions=int(column["num_kl_positions"].sum()),
+    )
+
+
+def _mean_kl(column: dict[str, Any], *, seed: int) -> Estimate:
+    """Mean KL over positions; documents where no position was drawn have no say."""
+    drawn = column["num_kl_positions"] > 0
+    return bootstrap_ratio_of_sums(
+        column["kl_sum"][drawn], column["num_kl_positions"][drawn], column["document"][drawn], seed=seed
+    )
+
+
+def bits_per_byte(nll: NDArray[np.float64], evaluation: Evaluation, *, seed: int) -> Estimate:
+    """Bits to encode one byte of the text: perplexity that does not depend on the tokenizer.
+
+    Args:
+        nll: [num_windows] nats.
+        evaluation: the windows that were predicted.
+        seed: of the bootstrap.
+    """
+    return bootstrap_ratio_of_sums(nll / math.log(2), evaluation.num_bytes, evaluation.documents, seed=seed)
+
+
+def kl_divergence(log_p: NDArray[np.float32], log_q: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(p ‖ q) in nats of each row, summed over the vocabulary in float64.
+
+    Args:
+        log_p: [positions, vocab_size], natural logarithms of p.
+        log_q: [positions, vocab_size].
+    """
+    log_p64, log_q64 = log_p.astype(np.float64), log_q.astype(np.float64)
+    return np.asarray((np.exp(log_p64) * (log_p64 - log_q64)).sum(axis=-1), np.float64)
+
+
+def score_window(logits: NDArray[np.float32], targets: NDArray[np.int32], positions: NDArray[np.int64]) -> WindowScores:
+    """Losses, likeliest tokens, and whole log-probabilities at `positions`, from the logits of one window.
+
+    Args:
+        logits: [W - 1, vocab_size], of the positions that predict `targets`.
+        targets: [W - 1].
+        positions: [k] int64, ascending, in 0..W - 2.
+
+    Raises:
+        ValueError: a logit is not finite.
+    """
+    import torch
+
+    nll = np.empty(len(targets), np.float32)
+    top1 = np.empty(len(targets), np.int32)
+    log_probabilities = []
+    for start in range(0, len(targets), ROWS_PER_CHUNK):
+        rows = slice(start, min(start + ROWS_PER_CHUNK, len(targets)))
+        chunk = torch.from_numpy(np.ascontiguousarray(logits[rows]))
+        normalizer = torch.logsumexp(chunk, dim=-1)
+        if not bool(torch.isfinite(normalizer).all()):
+            raise ValueError("logits must be finite; got NaN or infinity")
+        at_target = chunk.gather(1, torch.from_numpy(targets[rows].astype(np.int64))[:, None])[:, 0]
+        nll[rows] = (normalizer - at_target).numpy()
+        top1[rows] = chunk.argmax(dim=-1).numpy()
+        wanted = positions[(positions >= rows.start) & (positions < rows.stop)] - start
+        log_probabilities.append((chunk[wanted] - normalizer[wanted, None]).numpy())
+    return WindowScores(nll=nll, top1=top1, log_probabilities=np.concatenate(log_probabilities))
+
+
+def _scores(
+    session: "Session",
+    evaluation: Evaluation,
+    positions: NDArray[np.int64],
+    *,
+    threads: int,
+    name: str,
+    report: Report,
+) -> Iterator[WindowScores]:
+    """Scores of every window in turn; the logits of one are held at a time."""
+    import torch
+
+    torch.set_num_threads(threads)
+    num_windows, window = evaluation.tokens.shape
+    if session.max_length < window:
+        raise ValueError(
+            f"{name} reads at most {session.max_length} tokens; evaluation windows have {window}. "
+            f"Set data.evaluation_window to {session.max_length} or less."
+        )
+    if evaluation.tokens.max() >= session.vocab_size:
+        raise ValueError(
+            f"Evaluation tokens must lie in the vocabulary of {session.vocab_size}; got {evaluation.tokens.max()}. "
+            "Prepare the data with this model's tokenizer."
+        )
+    total_nll = 0.0
+    for index, tokens in enumerate(evaluation.tokens):
+        logits = session.prefill(tokens[None].astype(np.int64), num_logits=window)[0]
+        try:
+            scores = score_window(logits[:-1], tokens[1:], positions[positions[:, 0] == index, 1])
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be scored in window {index}: {error}. Its weights or its precision are broken."
+            ) from None
+        total_nll += float(scores.nll.sum(dtype=np.float64))
+        report(index + 1, num_windows, {"perplexity": math.exp(min(total_nll / ((index + 1) * (window - 1)), 700))})
+        yield scores
+
+
+def num_kl_positions(options: Quality, vocab_size: int) -> int:
+    """How many positions are compared: as asked, or what fits in `MAX_REFERENCE_BYTES`."""
+    return max(1, min(options.num_kl_positions, MAX_REFERENCE_BYTES // (4 * vocab_size)))
+
+
+def sample_positions(shape: tuple[int, ...], num_positions: int, *, seed: int) -> NDArray[np.int64]:
+    """[K, 2] int64 pairs (window, position) without repetition, ascending; K is `num_positions` or all there are.
+
+    Args:
+        shape: (num_windows, window); positions 0..window - 2 predict a token.
+    """
+    num_windows, window = shape
+    total = num_windows * (window - 1)
+    drawn = np.random.default_rng(seed).choice(total, size=min(num_positions, total), replace=False)
+    drawn.sort()
+    return np.stack(np.divmod(drawn, window - 1), axis=1).astype(np.int64)
+
+
+def load_evaluation(data: Path) -> Evaluation:
+    """The evaluation windows of a data directory that `prepare_data` wrote."""
+    from tasks.calibration.tokens import load_record, load_tokens
+
+    tokens = load_tokens(data, "evaluation")
+    record = load_record(data)
+    return Evaluation(
+        tokens=tokens,
+        documents=np.load(data / "evaluation_documents.npy"),
+        num_bytes=np.asarray(record["evaluation_bytes_per_window"], np.int64),
+        sha256=record["roles"]["evaluation"]["sha256"],
+    )

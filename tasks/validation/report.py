@@ -1,0 +1,361 @@
+"""The report of an optimization: one self-contained HTML page, and a table for the terminal.
+
+The page needs no network and no JavaScript, reads in light and dark, and prints.
+"""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel, Field, JsonValue
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tasks.validation import charts
+from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
+from tasks.validation.limits import Check, Judgement
+from tasks.validation.pareto import pareto_front
+from tasks.validation.quality import QualitySummary, ReferenceSummary
+from tasks.validation.statistics import Estimate
+
+TEMPLATE = "report.html.j2"
+
+
+class Parity(BaseModel, frozen=True, extra="forbid"):
+    """An engine against PyTorch on the same checkpoint and inputs."""
+
+    max_abs_error: float = Field(description="Largest difference of a logit.")
+    top1_agreement: float
+    kl_nats: float
+
+
+class Row(BaseModel, frozen=True, extra="forbid"):
+    """One engine bundle: a candidate, or the unchanged model in an engine as a baseline."""
+
+    name: str = Field(description="As the speed summary names it: candidate/engine.")
+    candidate: str
+    engine: str = Field(description="As people read it, precision included.")
+    steps: str = Field("", description="What was done to the model: '22 of 30 layers, W8 per channel'.")
+    status: str = Field("run", description="'run', or why it was not: 'built, not run here'.")
+    size_bytes: int
+    quality: QualitySummary | None = None
+    parity: Parity | None = None
+    judgement: Judgement | None = Field(None, description="None: a baseline, which is not judged.")
+    url: str | None = Field(None, description="Of its tracking run.")
+
+
+class Stage(BaseModel, frozen=True, extra="forbid"):
+    """One stage: what it cost and what it gave."""
+
+    title: str
+    cached: bool
+    elapsed_s: float = Field(description="When it ran; a cached stage took nothing this time.")
+    peak_memory_mib: float | None = None
+    gave: str = Field("", description="Its most telling figures, in words.")
+    url: str | None = None
+
+
+class Curve(BaseModel, frozen=True, extra="forbid"):
+    """A figure that was followed during a stage."""
+
+    title: str
+    metric: str
+    steps: tuple[float, ...] = Field(min_length=1, description="In units of `x_label`.")
+    values: tuple[float, ...] = Field(min_length=1)
+    x_label: str = "training tokens"
+
+
+class DataSet(BaseModel, frozen=True, extra="forbid"):
+    """Text in one role."""
+
+    role: str
+    description: str
+    num_sequences: int
+    sequence_length: int
+    sha256: str
+
+
+class ReportData(BaseModel, frozen=True, extra="forbid"):
+    """All that the report tells."""
+
+    title: str
+    source: str = Field(description="Where the original came from.")
+    finished_at: datetime
+    elapsed_s: float
+    original_size_bytes: int = Field(description="Of the float32 checkpoint.")
+    reference: ReferenceSummary
+    rows: tuple[Row, ...]
+    speed: SpeedSummary | None
+    winner: str | None = Field(description="Name of the row that was chosen.")
+    registered: str | None = Field(None, description="The model version: 'smollm2-135m version 3, alias candidate'.")
+    register_note: str = Field("", description="Why nothing was registered, where nothing was.")
+    stages: tuple[Stage, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    data_sets: tuple[DataSet, ...] = ()
+    links: dict[str, str] = Field(default_factory=dict, description="Text to URL: MLflow run, Prefect flow run.")
+    command: str = Field(description="That makes all of this again.")
+    recipe_yaml: str
+    git_commit: str | None = None
+    hardware: dict[str, JsonValue]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = Field((), description="What a reader has to know: skipped layers, joined documents.")
+
+
+def render(data: ReportData, out: Path) -> Path:
+    """Write the page to the file `out` and return it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(mib=_mib, num=number, interval=interval, duration=duration)
+    page = environment.get_template(TEMPLATE).render(
+        data=data,
+        lines=lines(data),
+        headline=headline(data),
+        charts=_charts(data),
+        check_bar=_check_bar,
+        curve=charts.curve,
+        mark=charts.mark,
+        engines=_engines(data),
+        total_s=sum(stage.elapsed_s for stage in data.stages) or 1.0,
+    )
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+class Line(BaseModel, frozen=True):
+    """One line of the table: a row with its figures side by side; None where not measured."""
+
+    row: Row
+    speed: SubjectSpeed | None
+    perplexity: Estimate | None
+    increase_percent: Estimate | None
+    is_original: bool = False
+    on_front: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return self.row.judgement.verdict if self.row.judgement else ""
+
+    def tokens_per_s(self, batch_size: int) -> Estimate | None:
+        """Throughput at a batch size, if it was measured."""
+        at = self.speed.throughput.get(batch_size) if self.speed else None
+        return at.tokens_per_s if at else None
+
+    def figures(self) -> tuple[float | None, float | None, float | None]:
+        """What the Pareto front compares: size, time per output token, perplexity."""
+        return (
+            self.row.size_bytes,
+            self.speed.tpot_ms.p50.value if self.speed else None,
+            self.perplexity.value if self.perplexity else None,
+        )
+
+
+def lines(data: ReportData) -> list[Line]:
+    """The original first, then baselines, then candidates: accepted ones first, the winner on top."""
+    subjects = data.speed.subjects if data.speed else {}
+    original = Line(
+        row=Row(name=ORIGINAL, candidate=ORIGINAL, engine="PyTorch float32", size_bytes=data.original_size_bytes),
+        speed=subjects.get(ORIGINAL),
+        perplexity=data.reference.perplexity,
+        increase_percent=None,
+        is_original=True,
+    )
+    rows = [
+        Line(
+            row=row,
+            speed=subjects.get(row.name),
+            perplexity=row.quality.perplexity if row.quality else None,
+            increase_percent=row.quality.perplexity_increase_percent if row.quality else None,
+        )
+        for row in data.rows
+    ]
+    order = {"": 0, "ACCEPT": 1, "INCONCLUSIVE": 2, "REJECT": 3}
+    rows.sort(key=lambda line: (order[line.verdict], line.row.name != data.winner))
+    everything = [original, *rows]
+    front = pareto_front([line.figures() for line in everything])
+    return [line.model_copy(update={"on_front": on}) for line, on in zip(everything, front, strict=True)]
+
+
+class Headline(BaseModel, frozen=True):
+    """The answer in one sentence, and the figures under it."""
+
+    verdict: str
+    sentence: str
+    figures: tuple[tuple[str, str, str], ...] = ()
+    """(figure, what it is, its interval or reference)."""
+
+
+def headline(data: ReportData) -> Headline:
+    """Which candidate won, and what it gained at what cost."""
+    judged = [row for row in data.rows if row.judgement]
+    if data.winner is None:
+        verdicts = [row.judgement.verdict for row in judged if row.judgement]
+        rejected, open_ones = verdicts.count("REJECT"), verdicts.count("INCONCLUSIVE")
+        return Headline(
+            verdict="INCONCLUSIVE" if open_ones else "REJECT",
+            sentence=f"No candidate was accepted: {rejected} rejected, {open_ones} not decided by what was measured.",
+        )
+    row = next(row for row in data.rows if row.name == data.winner)
+    times_smaller = data.original_size_bytes / row.size_bytes
+    figures = [
+        (
+            f"{times_smaller:.1f}×",
+            "smaller on disk",
+            f"{number(row.size_bytes / 2**20)} MiB in place of {number(data.original_size_bytes / 2**20)} MiB",
+        ),
+    ]
+    subject = data.speed.subjects.get(row.name) if data.speed else None
+    if subject:
+        for batch_size, at in subject.throughput.items():
+            ratio = at.ratio_to_original
+            what = f"the tokens per second at batch size {batch_size}"
+            figures.append((f"{ratio.value:.1f}×", what, interval(ratio)))
+    if row.quality:
+        increase = row.quality.perplexity_increase_percent
+        figures.append((f"{increase.value:+.2f} %", "perplexity", interval(increase)))
+        agreement = row.quality.top1_agreement
+        figures.append((f"{100 * agreement.value:.1f} %", "same likeliest next token", interval(agreement, 100)))
+    others = len([other for other in judged if other.judgement and other.judgement.verdict == "ACCEPT"]) - 1
+    beside = f" {others} other{'s' if others > 1 else ''} kept them too." if others > 0 else ""
+    sentence = f"{row.candidate} in {row.engine} won: it keeps every limit.{beside}"
+    return Headline(verdict="ACCEPT", sentence=sentence, figures=tuple(figures))
+
+
+def _engines(data: ReportData) -> list[str]:
+    """Engines in the order of their marks; PyTorch first."""
+    return list(dict.fromkeys(line.row.engine for line in lines(data)))
+
+
+def _charts(data: ReportData) -> list[Markup]:
+    """Quality against time and against size, of everything that was measured."""
+    engines = _engines(data)
+    drawn: list[Markup] = []
+    for name, index in (("time per output token, ms", 1), ("size on disk, MiB", 0)):
+        points = []
+        for line in lines(data):
+            x, perplexity = line.figures()[index], line.figures()[2]
+            if x is None or perplexity is None or not math.isfinite(perplexity):
+                continue
+            x = x / 2**20 if index == 0 else x
+            points.append(
+                charts.Point(
+                    x=x,
+                    y=perplexity,
+                    label=line.row.candidate,
+                    tooltip=f"{line.row.candidate}, {line.row.engine}: {number(x)} ({name}), perplexity "
+                    f"{perplexity:.2f}" + (f", {line.verdict}" if line.verdict else ""),
+                    series=engines.index(line.row.engine),
+                    on_front=line.on_front,
+                )
+            )
+        if points:
+            drawn.append(charts.scatter(points, x_label=name, y_label="perplexity"))
+    return drawn
+
+
+def _check_bar(check: Check) -> Markup:
+    if check.measured is None:
+        return Markup("")
+    return charts.interval_bar(
+        limit=check.limit,
+        measured=check.measured,
+        low=check.low,
+        high=check.high,
+        is_max=check.bound == "max",
+        verdict=check.verdict,
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits, or whole numbers from 100 on."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}".replace(",", "\u202f")  # narrow no-break space
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 6)}f}"
+
+
+def _mib(num_bytes: float) -> str:
+    return number(num_bytes / 2**20)
+
+
+def interval(estimate: Estimate, scale: float = 1.0) -> str:
+    """'[low, high]', or nothing for what was counted or measured once."""
+    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
+        return ""
+    low, high = scale * estimate.low, scale * estimate.high
+    decimals = 0 if high - low >= 5 else min(6, max(1, 1 - math.floor(math.log10(high - low))))
+    return f"[{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def duration(seconds: float) -> str:
+    """'4.2 s', '3 min 20 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def terminal_table(data: ReportData) -> Table:
+    """What was measured and what it means, one line per engine bundle."""
+    batch_sizes: Sequence[int] = ()
+    if data.speed:
+        batch_sizes = tuple(next(iter(data.speed.subjects.values())).throughput)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=_caption(data)
+    )
+    table.caption_justify = "left"
+    table.add_column("candidate", no_wrap=True)
+    for header in ("size\nMiB", "perplexity", "change\n%", "top-1\n%", "TTFT\nms", "TPOT\nms"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for batch_size in batch_sizes:
+        table.add_column(f"tokens/s\nbatch {batch_size}", justify="right", no_wrap=True)
+    table.add_column("peak\nMiB", justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=len("INCONCLUSIVE"))
+    styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
+    for line in lines(data):
+        speed, quality = line.speed, line.row.quality
+        rates = [line.tokens_per_s(batch_size) for batch_size in batch_sizes]
+        verdict = Text(line.verdict, style=styles.get(line.verdict, ""))
+        if line.row.status != "run":
+            verdict.append(f" {line.row.status}".strip() if not line.verdict else f", {line.row.status}")
+        table.add_row(
+            Text(("★ " if line.row.name == data.winner else "  ") + (line.row.name + " (PyTorch)" * line.is_original)),
+            number(line.row.size_bytes / 2**20),
+            f"{line.perplexity.value:.2f}" if line.perplexity else "",
+            f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",
+            f"{100 * quality.top1_agreement.value:.1f}" if quality else "",
+            number(speed.ttft_ms.p50.value) if speed else "",
+            number(speed.tpot_ms.p50.value) if speed else "",
+            *(number(rate.value) if rate else "" for rate in rates),
+            number(speed.peak_memory_mib) if speed else "",
+            verdict,
+            style="bold" if line.row.name == data.winner else "",
+        )
+    return table
+
+
+def _caption(data: ReportData) -> str:
+    reference = data.reference
+    windows = f"{reference.num_windows} windows of {reference.window} tokens, stride {reference.window}"
+    parts = [f"Perplexity: {windows}, of {reference.num_documents} documents."]
+    if data.speed:
+        parts.append(
+            f"Speed: {data.speed.prompt_tokens} prompt and {data.speed.new_tokens} new tokens, {data.speed.threads} "
+            f"threads, medians of {data.speed.num_blocks} interleaved blocks."
+        )
+        if data.speed.noisy:
+            parts.append(data.speed.noise)
+    return " ".join(parts)

@@ -1,0 +1,66 @@
+import pytest
+
+from flows import check
+from flows.check import Plan, disk_mib, notes, peak_memory_mib
+from flows.recipe import Recipe, parse
+from tasks.calibration.checkpoints import SourceEstimate
+
+INT8 = {"method": "rtn", "weights": {"bits": 8}}
+BILLION = 10**9
+
+
+def recipe(candidate: dict, **validation) -> Recipe:
+    return parse(
+        {
+            "name": "some_cpu",
+            "source": "./model",
+            "candidates": {"one": candidate},
+            "engines": [{"engine": "onnxruntime", "precision": "float32"}],
+            "validation": {"speed": None, **validation},
+        }
+    )
+
+
+def test_training_needs_the_weights_the_optimizer_and_the_teacher():
+    training = {"student": {"layers": 2}, "training": {"max_steps": 1}}
+    without = peak_memory_mib(recipe({"quantization": INT8}), BILLION)
+    with_training = peak_memory_mib(recipe({"distillation": training}), BILLION)
+    assert without == pytest.approx(check.PROCESS_MIB + 2 * 4 * BILLION / 2**20)
+    assert with_training == pytest.approx(check.PROCESS_MIB + (4 + 16) * BILLION / 2**20)
+
+
+def test_engines_measured_at_once_stay_within_their_limit():
+    small = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 1000}), 100_000_000)
+    large = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 9000}), 100_000_000)
+    assert small == pytest.approx(1000 + check.PROCESS_MIB)
+    assert large > small
+
+
+def test_quantized_bundles_take_a_quarter_of_the_disk():
+    model_mib = 4 * BILLION / 2**20
+    unquantized = disk_mib(recipe({}), BILLION, 0)
+    assert unquantized == pytest.approx(3 * model_mib)  # the checkpoint, the unchanged model's engine, the candidate's
+    assert disk_mib(recipe({"quantization": INT8}), BILLION, 0) == pytest.approx(2.5 * model_mib)
+
+
+def test_what_does_not_fit_is_an_obstacle_that_says_what_to_do():
+    plan = Plan(
+        estimate=SourceEstimate(kind="directory", download_bytes=0, num_parameters=1, checkpoint_bytes=1),
+        peak_memory_mib=1e9,
+        disk_mib=1e12,
+    )
+    check._compare_with_machine(plan)
+    memory, disk = plan.obstacles
+    assert "1,000,000,000 MiB of memory" in memory
+    assert "smaller model" in memory
+    assert "SLIMLINE_HOME" in disk
+
+
+def test_an_engine_that_is_only_built_here_is_said(monkeypatch):
+    from tasks.engines.tensorrt import TensorRT
+
+    monkeypatch.setattr(TensorRT, "missing", lambda self: None)
+    monkeypatch.setattr(TensorRT, "cannot_run", lambda self: "There is no GPU.")
+    monkeypatch.setattr(TensorRT, "executable", False)
+    told = recipe({"engines": [{"engine": "tensorrt", "precision": "float16"}]})
+    assert notes(told) == ["tensorrt-float16: built, but not run here. There is no GPU."]

@@ -1,0 +1,182 @@
+"""The whole chain on a tiny model, through the command line, as a user runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "embeddings": {"bits": 8, "symmetric": True}}
+ONNXRUNTIME = {"engine": "onnxruntime", "precision": "float32"}
+TRAINING = {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 2}
+
+
+def slimline(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def recipe(tiny_checkpoint: Path, **changes) -> dict:
+    return {
+        "name": "tiny_cpu",
+        "source": str(tiny_checkpoint),
+        "data": {
+            "training": {"corpus": "stdlib", "content": "documentation"},
+            "calibration": {"corpus": "stdlib", "content": "documentation"},
+            "evaluation": {"corpus": "stdlib", "content": "documentation"},
+            "sequence_length": 64,
+            "evaluation_window": 64,
+            "num_training_tokens": 20_000,
+            "num_calibration_sequences": 16,
+            "num_evaluation_windows": 12,
+        },
+        "candidates": {
+            "int8": {"quantization": INT8},
+            "pruned": {
+                "pruning": {"method": "width", "keep": 0.5, "round_to": 32},
+                "recovery": {"training": TRAINING},
+                "quantization": INT8,
+                "engines": [ONNXRUNTIME],
+            },
+        },
+        "engines": [ONNXRUNTIME, {"engine": "openvino", "precision": "float32"}],
+        "validation": {
+            "speed": {"prompt_tokens": 16, "new_tokens": 8, "batch_sizes": [1, 2], "num_blocks": 6},
+            "limits": {"perplexity": {"max_increase_percent": 5}},
+        },
+        "register_as": "tiny",
+        **changes,
+    }
+
+
+def write(path: Path, content: dict) -> Path:
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def first(tiny_checkpoint, home) -> subprocess.CompletedProcess[str]:
+    return slimline("run", str(write(home / "recipe.yaml", recipe(tiny_checkpoint))), home=home)
+
+
+def test_the_chain_ends_with_a_table_a_report_and_a_registered_version(first):
+    assert first.returncode == 0, first.stderr
+    for column in ("perplexity", "TTFT", "TPOT", "verdict"):
+        assert column.lower() in first.stdout.lower()
+    assert "int8/onnxruntime" in first.stdout
+    assert "pruned/onnxruntime" in first.stdout
+    assert "ACCEPT" in first.stdout
+    assert "models:/tiny@candidate" in first.stdout
+    assert "make up" in first.stdout
+    assert "Traceback" not in first.stdout + first.stderr
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(first):
+    found = re.search(r"(/\S+\.html)", first.stdout)
+    assert found, first.stdout
+    page = Path(found[1]).read_text()
+    assert "<svg" in page
+    assert "pruned" in page
+    assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
+
+
+def test_a_second_run_is_served_from_the_cache(first, home):
+    again = slimline("run", str(home / "recipe.yaml"), home=home)
+    assert again.returncode == 0, again.stderr
+    done = [line for line in again.stderr.splitlines() if line.strip().startswith("done")]
+    assert len(done) > 10
+    assert all(line.rstrip().endswith("cached") for line in done), again.stderr
+    version = re.compile(r"tiny version (\d+)")
+    assert version.search(again.stdout)[1] == version.search(first.stdout)[1]
+
+
+def test_check_says_what_is_cached_and_what_a_changed_option_runs_again(first, home, tiny_checkpoint):
+    plan = slimline("check", str(home / "recipe.yaml"), home=home)
+    assert plan.returncode == 0, plan.stderr
+    assert ", 0 to run" in plan.stderr
+    changed = recipe(tiny_checkpoint)
+    changed["candidates"]["pruned"]["recovery"]["training"] = {**TRAINING, "max_steps": 8}
+    plan = slimline("check", str(write(home / "changed.yaml", changed)), home=home)
+    lines = {line.split("  ")[0].strip(): line.split()[-1] for line in plan.stderr.splitlines() if "  " in line}
+    assert lines["pruned prune"] == "cached"
+    assert lines["pruned recover"] == "run"
+    assert lines["pruned quantize"] == "run"
+    assert lines["int8 quantize"] == "cached"
+
+
+def test_the_candidate_answers_in_a_fresh_process(first, home, tmp_path):
+    code = (
+        "from infra.settings import prepare_environment; prepare_environment()\n"
+        "from infra.tracking import client; client()\n"
+        "import mlflow\n"
+        "model = mlflow.pyfunc.load_model('models:/tiny@candidate')\n"
+        "import json; print(json.dumps(list(model.predict(['def f(x):', 'import'], params={'max_new_tokens': 4}))))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert answer.returncode == 0, answer.stderr
+    texts = json.loads(answer.stdout.splitlines()[-1])
+    assert len(texts) == 2
+    assert all(isinstance(text, str) and text for text in texts)
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint, tmp_path):
+    chosen = recipe(tiny_checkpoint, engines=[ONNXRUNTIME], register_as=None)
+    chosen["validation"]["speed"] = None
+    chosen["candidates"] = {
+        "student": {"distillation": {"student": {"layers": 2}, "training": {**TRAINING, "max_steps": 40}}}
+    }
+    killed_home, calm_home = tmp_path / "killed", tmp_path / "calm"
+    killed_home.mkdir(), calm_home.mkdir()
+    path = write(tmp_path / "recipe.yaml", chosen)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(killed_home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not list(killed_home.glob("work/*/checkpoint-*")) and time.monotonic() < deadline:
+        assert running.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    resumed = slimline("run", str(path), home=killed_home)
+    assert resumed.returncode in (0, 3), resumed.stderr
+    with pytest.raises(ProcessLookupError):  # what the killed run left, Prefect's server, was ended by the next
+        os.killpg(running.pid, 0)
+    calm = slimline("run", str(path), home=calm_home)
+    assert calm.returncode in (0, 3), calm.stderr
+
+    def students(home: Path) -> set[str]:
+        return {p.parent.parent.name for p in home.glob("artifacts/*/files/model.safetensors")}
+
+    assert students(killed_home) == students(calm_home)
+    assert len(students(calm_home)) == 2  # the original and the student
+    assert not list(killed_home.glob("work/*"))

@@ -1,0 +1,101 @@
+import copy
+import json
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from flows import recipe as recipes
+from flows.recipe import Recipe, RecipeError, load, parse
+
+INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}}
+GOOD = {
+    "name": "tiny_cpu",
+    "source": "./tiny",
+    "candidates": {"int8": {"quantization": INT8}},
+    "engines": [{"engine": "onnxruntime", "precision": "float32"}],
+}
+
+
+def changed(**changes) -> dict:
+    return {**copy.deepcopy(GOOD), **changes}
+
+
+def refusal(content: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(content)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_is_valid_and_names_the_schema(name):
+    path = recipes.directory() / f"{name}.yaml"
+    assert load(path).name == name
+    assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+def test_the_shipped_schema_is_the_one_of_the_code():
+    shipped = json.loads((recipes.directory() / "recipe.schema.json").read_text())
+    assert shipped == Recipe.model_json_schema(), "run: slimline schema -o recipes/recipe.schema.json"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_shipped_recipes_keep_the_schema_that_editors_use(name):
+    schema = json.loads((recipes.directory() / "recipe.schema.json").read_text())
+    content = yaml.safe_load((recipes.directory() / f"{name}.yaml").read_text())
+    Draft202012Validator(schema).validate({k: v for k, v in content.items() if not k.startswith("x-")})
+
+
+def test_a_recipe_survives_json():
+    recipe = parse(GOOD)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_misspelt_option_names_the_nearest():
+    text = refusal(changed(candidates={"a": {"pruning": {"method": "width", "keeep": 0.5}}}))
+    assert "candidates.a.pruning.keeep: there is no such option. Did you mean 'keep'?" in text
+
+
+def test_a_wrong_method_names_the_allowed_ones():
+    text = refusal(changed(candidates={"a": {"pruning": {"method": "wonda"}}}))
+    assert "'wonda' is unknown. Did you mean 'wanda'? Allowed: magnitude, wanda, width" in text
+
+
+def test_a_value_out_of_range_names_value_and_bound():
+    text = refusal(changed(candidates={"a": {"quantization": {**INT8, "weights": {"bits": 9}}}}))
+    assert "candidates.a.quantization.weights.bits" in text
+    assert "less than or equal to 8; got 9" in text
+
+
+def test_recovery_without_pruning_is_refused():
+    text = refusal(changed(candidates={"a": {"recovery": {"training": {"max_steps": 3}}}}))
+    assert "`recovery` trains a pruned model" in text
+
+
+def test_a_limit_on_what_is_not_measured_is_refused():
+    text = refusal(changed(validation={"speed": None, "limits": {"tpot_ms": {"max": 10}}}))
+    assert "limits.tpot_ms needs measured speed" in text
+
+
+def test_registering_without_limits_is_refused():
+    assert "needs a limit" in refusal(changed(register_as="tiny"))
+
+
+def test_the_same_engine_twice_is_refused():
+    assert "lists the same engine twice: onnxruntime" in refusal(changed(engines=GOOD["engines"] * 2))
+
+
+def test_a_candidate_cannot_take_the_name_of_the_unchanged_model():
+    assert "'original' names the unchanged model" in refusal(changed(candidates={"original": {}}))
+
+
+def test_a_missing_file_lists_the_shipped_recipes(tmp_path):
+    with pytest.raises(RecipeError, match=r"no recipe .*nope\.yaml\. Shipped recipes: .*smollm2-135m_cpu"):
+        load(tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "must be a mapping")])
+def test_a_file_that_holds_no_recipe_is_refused(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path / "recipe.yaml")

