@@ -7,8 +7,10 @@ teacher is not consulted at all: that run, with as many tokens, is the control t
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -356,7 +358,10 @@ def _check_disk(work_dir: Path, out: Path, checkpoint_bytes: int) -> None:
 
     Two, because the next is whole before the last goes; what an interrupted run left in `work_dir` counts as room.
     """
-    there = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file())
+    there = 0
+    for path in work_dir.rglob("*"):
+        with suppress(FileNotFoundError):  # another process of this run has just renamed it
+            there += path.stat().st_size if path.is_file() else 0
     needs = {work_dir: 2 * checkpoint_bytes - there, out: checkpoint_bytes // 3}
     for directory, needed in needs.items():
         directory.mkdir(parents=True, exist_ok=True)
@@ -385,7 +390,7 @@ def _claim(work_dir: Path, **arguments: Any) -> None:
     text = json.dumps(content, indent=1, sort_keys=True)
     work_dir.mkdir(parents=True, exist_ok=True)
     if not record.exists():
-        partial = record.with_suffix(".partial")
+        partial = record.with_suffix(f".{os.getpid()}.partial")  # the processes of one run all come here
         partial.write_text(text)
         partial.replace(record)
         return

@@ -128,7 +128,7 @@ if arguments.pop("moment") == "in a step":
 else:  # the weights of step 8 are written, its optimizer is not
     import torch
     save = torch.save
-    torch.save = lambda value, path, **k: die() if "-8" in str(path) else save(value, path, **k)
+    torch.save = lambda value, path, **k: die() if Path(path).parent.name == "checkpoint-8" else save(value, path, **k)
     report = lambda *_: None
 options = Distillation.model_validate(arguments.pop("options"))
 distill(**{k: Path(v) for k, v in arguments.items()}, options=options, seed=0, report=report)
