@@ -1,6 +1,5 @@
 """The `slimline` command."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -39,11 +38,7 @@ class Exit(IntEnum):
 
 def main() -> None:
     """Run the command line; every failure is a message and an exit code, never a traceback."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        console.print("[yellow]Interrupted.[/] Finished stages are kept; the same command goes on from there.")
-        sys.exit(Exit.INTERRUPTED)
+    app()
 
 
 @contextmanager
@@ -57,6 +52,9 @@ def _told() -> Iterator[None]:
         _fail(str(error), Exit.BAD_INPUT)
     except StageCrashed as error:
         _fail(str(error), Exit.FAILED)
+    except KeyboardInterrupt:
+        console.print("[yellow]Interrupted.[/] Finished stages are kept; the same command goes on from there.")
+        raise typer.Exit(Exit.INTERRUPTED) from None
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), Exit.FAILED)
 
@@ -77,7 +75,9 @@ def run(
         chosen = _load(recipe, source)
         from flows.optimize import optimize
         from flows.outcome import show
+        from infra.services import start_inner_server
 
+        start_inner_server()
         outcome = optimize(chosen)
         show(outcome)
     if not outcome.accepted and chosen.validation.limits.metrics():

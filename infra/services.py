@@ -208,6 +208,25 @@ def run_mark(home: Path) -> dict[str, str]:
     return {RUN_MARK: f"{own.pid} {own.started_at} {home}"}
 
 
+def start_inner_server() -> None:
+    """Start the Prefect server inside this process's flows, if they use one, so that Ctrl-C does not reach it.
+
+    A terminal sends SIGINT to all processes in the foreground. Without its server the flow cannot record how it ended:
+    Prefect then waits for a minute and prints what it could not send. A blocked signal stays blocked in a child; the
+    server ends by SIGTERM, which Prefect sends when this process exits.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def end_orphans(home: Path) -> int:
     """End what killed runs of `home` left behind, and say how many processes that were.
 

@@ -89,6 +89,8 @@ def prepare_environment(**servers: str) -> None:
         # Flows speak through infra/console.py; Prefect's own log goes to its server, tracebacks included.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        # Python's clean-up after an interrupted stage would tell about the semaphores that it removes.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         **servers,
     }
     if settings().prefect_api_url:

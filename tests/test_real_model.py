@@ -51,9 +51,12 @@ def test_the_winner_is_faster_than_the_original(found):
 
 
 def test_a_pruned_and_a_distilled_model_stand_beside_it_with_their_losses(found):
+    int8 = row(found, "int8/openvino")
     for name in ("pruned-int8/openvino", "distilled-int8/openvino"):
-        assert row(found, name)["quality"]["perplexity_increase_percent"]["value"] > 0
-        assert row(found, name)["size_bytes"] < row(found, "int8/openvino")["size_bytes"]
+        # not their perplexity: trained on text like that of the test, the pruned model's can fall below the original's
+        agreement = row(found, name)["quality"]["top1_agreement"]
+        assert agreement["high"] < int8["quality"]["top1_agreement"]["low"]
+        assert row(found, name)["size_bytes"] < int8["size_bytes"]
 
 
 def test_tensorrt_is_built_and_said_not_to_have_run(found):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -144,27 +145,65 @@ def test_the_candidate_answers_in_a_fresh_process(first, home, tmp_path):
     assert all(isinstance(text, str) and text for text in texts)
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint, tmp_path):
+def long_training(tiny_checkpoint: Path, max_steps: int) -> dict:
     chosen = recipe(tiny_checkpoint, engines=[ONNXRUNTIME], register_as=None)
     chosen["validation"]["speed"] = None
-    chosen["candidates"] = {
-        "student": {"distillation": {"student": {"layers": 2}, "training": {**TRAINING, "max_steps": 40}}}
-    }
-    killed_home, calm_home = tmp_path / "killed", tmp_path / "calm"
-    killed_home.mkdir(), calm_home.mkdir()
-    path = write(tmp_path / "recipe.yaml", chosen)
+    training = {**TRAINING, "max_steps": max_steps}
+    chosen["candidates"] = {"student": {"distillation": {"student": {"layers": 2}, "training": training}}}
+    return chosen
+
+
+def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """A run in a session of its own, as a terminal gives it, when it has trained for a few steps."""
+    home.mkdir()
     running = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "run", str(path)],
         cwd=ROOT,
-        env={**os.environ, "SLIMLINE_HOME": str(killed_home)},
+        env={**os.environ, "SLIMLINE_HOME": str(home)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
+        text=True,
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not list(killed_home.glob("work/*/checkpoint-*")) and time.monotonic() < deadline:
-        assert running.poll() is None, "it ended before it was killed"
+    while not list(home.glob("work/*/checkpoint-*")) and time.monotonic() < deadline:
+        assert running.poll() is None, "it ended too early"
         time.sleep(0.02)
+    return running
+
+
+def test_ctrl_c_ends_it_with_one_sentence_and_leaves_nothing(tiny_checkpoint, tmp_path):
+    path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=100_000))
+    running = start_training(path, tmp_path / "home", errors=subprocess.PIPE)
+    os.killpg(running.pid, signal.SIGINT)  # a terminal signals all that runs in its foreground
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "Interrupted. Finished stages are kept" in said, said
+    assert "Traceback" not in said
+    assert "ERROR" not in said
+    deadline = time.monotonic() + 10  # Python's fork server goes when it notices that its parent went
+    while (left := started_for(tmp_path / "home")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def started_for(home: Path) -> list[str]:
+    """What runs with this home in its environment."""
+    return [repr(p) for p in psutil.process_iter() if str(home) in environment_of(p).values()]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint, tmp_path):
+    killed_home, calm_home = tmp_path / "killed", tmp_path / "calm"
+    calm_home.mkdir()
+    path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=40))
+    running = start_training(path, killed_home)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     resumed = slimline("run", str(path), home=killed_home)
