@@ -125,7 +125,7 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.quantization:
         grid = candidate.quantization.weights
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
-        kind = "symmetric" if grid.symmetric else "asymmetric"
+        kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
         steps.append(f"W{grid.bits} {granularity}, {kind}")
     return "; ".join(steps) or "unchanged"
 

@@ -259,6 +259,11 @@ class _Graph:
         """The weight's values, [in, out] as MatMul takes them or [out, in]; quantized ones behind DequantizeLinear."""
         if not isinstance(weight, QuantizedWeight):
             return self.floats(name + ".weight", weight if rows_are_outputs else weight.T)
+        if weight.has_real_zero_point:
+            raise ValueError(
+                f"ONNX's DequantizeLinear needs integer zero points; {name} has real-valued ones. Quantize with "
+                "`zero_point: integer` or `symmetric: true` for this engine."
+            )
         integers, scale, zero_point, block_size = _stored(weight)
         if not rows_are_outputs:
             integers, scale = integers.T, scale.T

@@ -446,10 +446,12 @@ class _GraphWriter:
     def _blocked_product(self, name: str, weights: list[QuantizedWeight], hidden: str, output: str) -> None:
         """MatMulNBits: inputs rounded to 8 bits with a scale per block (accuracy level 4), or taken as they are (1)."""
         bits, block_size = _storage(weights[0])
+        offsets = weights[0].has_real_zero_point
+        product = output + ".scaled" if offsets else output
         self.node(
             "MatMulNBits",
             [hidden, *self._blocks(name, weights)],
-            [output],
+            [product],
             MICROSOFT,
             K=shape(weights[0])[1],
             N=sum(shape(weight)[0] for weight in weights),
@@ -457,6 +459,36 @@ class _GraphWriter:
             block_size=block_size,
             accuracy_level=4 if self._activations == "int8" else 1,
         )
+        if offsets:
+            self.node("Add", [product, self._offset_product(name, weights, hidden)], [output])
+
+    def _offset_product(self, name: str, weights: list[QuantizedWeight], hidden: str) -> str:
+        """What real-valued offsets add to x @ W.T: each group's sum of inputs, times its offset.
+
+        MatMulNBits takes real zero points too, but then without its fast kernels. Its implied zero point, the middle
+        of the integers, is added to the offsets here.
+        """
+        in_features = shape(weights[0])[1]
+        groups = weights[0].scale.shape[1]
+        sums = f"{hidden}.sums_of_{groups}"
+        if sums not in self._written:
+            self._written.add(sums)
+            split = self.constant(f"{in_features}_in_{groups}", np.array([0, 0, groups, in_features // groups]))
+            self.node("Reshape", [hidden, split], [sums + ".groups"])
+            self.node("ReduceSum", [sums + ".groups", "rest"], [sums], keepdims=0)
+        work = name + ".offset"
+        middle = 1 << (_storage(weights[0])[0] - 1)
+        stored = self.weight(work + ".groups", np.concatenate([w.offset for w in weights]).astype(np.float16))
+        # Up to the product these are constants, folded when the session is made.
+        self.node("Cast", [stored], [work + ".float"], to=1)
+        self.node("Cast", [name + ".scale.groups"], [work + ".scale"], to=1)
+        self.node(
+            "Mul", [work + ".scale", self.constant(f"float_{middle}", np.array(middle, np.float32))], [work + ".middle"]
+        )
+        self.node("Add", [work + ".float", work + ".middle"], [work + ".rows"])
+        self.node("Transpose", [work + ".rows"], [work], perm=[1, 0])
+        self.node("MatMul", [sums, work], [name + ".offsets"])
+        return name + ".offsets"
 
     def _integer_product(self, name: str, weights: list[QuantizedWeight], hidden: str, output: str) -> None:
         """x @ W.T of integers, with x = scale * (high + low / 254) at every position.
@@ -572,7 +604,7 @@ class _GraphWriter:
         num_blocks = -(-integers.shape[1] // block_size)
         names = [self.weight(name + ".integers", _pack(integers, bits, block_size)), name + ".scale"]
         self._repeated(name + ".scale", scale, num_blocks)
-        if weights[0].zero_point is not None:
+        if weights[0].zero_point is not None and not weights[0].has_real_zero_point:
             zero_point = np.concatenate([np.asarray(weight.zero_point) for weight in weights])
             zero_point = np.repeat(zero_point, num_blocks // zero_point.shape[1], axis=1)
             names.append(self.weight(name + ".zero_point", _pack_rows(zero_point, bits)))
@@ -601,7 +633,9 @@ class _GraphWriter:
 def _same_grid(weights: Sequence[Weight]) -> bool:
     """Whether weights can be stacked along `out` without changing an integer."""
     kinds = {
-        (weight.bits, weight.group_size, weight.zero_point is None) if isinstance(weight, QuantizedWeight) else None
+        (weight.bits, weight.group_size, None if weight.zero_point is None else weight.zero_point.dtype)
+        if isinstance(weight, QuantizedWeight)
+        else None
         for weight in weights
     }
     return len(kinds) == 1
@@ -609,7 +643,7 @@ def _same_grid(weights: Sequence[Weight]) -> bool:
 
 def _per_channel(weight: QuantizedWeight) -> bool:
     """Whether the integer product takes it: one scale per row, and a byte per integer no waste."""
-    return weight.scale.shape[1] == 1 and weight.bits > 4
+    return weight.scale.shape[1] == 1 and weight.bits > 4 and not weight.has_real_zero_point
 
 
 def _joined_bias(weights: Sequence[Weight], biases: Sequence[Floats | None]) -> Floats | None:

@@ -10,6 +10,9 @@ Two of its formats are used, because compressed-tensors 0.20 with transformers 5
   an embedding through its `weight` and fails where it is packed. Tied ones are stored once: the LM head has only a
   `.weight_scale`, the embedding's, and `tie_word_embeddings` gives it the embedding's integers.
 
+Real-valued zero points (`grid.quantize_from`) are stored as float32, which `zp_dtype` says; then -zero_point * scale
+gives back the offset, a float16, to the last bit. Stock transformers recovers them; vLLM's integer kernels do not.
+
 Scales are stored as float16; see `grid.py`. compressed-tensors counts every integer from -2 ** (bits - 1), so its
 asymmetric integers and zero points are ours less 2 ** (bits - 1).
 """
@@ -41,7 +44,7 @@ class QuantizedWeight:
         NDArray[np.int8] | NDArray[np.uint8]
     )  # [out, in]; int8 when symmetric, uint8 when not; 4 bits: [-8, 7], [0, 15]
     scale: NDArray[np.float32]  # [out, groups]
-    zero_point: NDArray[np.uint8] | None  # [out, groups]; None when symmetric
+    zero_point: NDArray[np.uint8] | NDArray[np.float32] | None  # [out, groups]; None when symmetric; float32: any real
     bits: int
     group_size: int | None  # consecutive inputs that share a scale; None: the whole row, and groups is 1
 
@@ -50,14 +53,27 @@ class QuantizedWeight:
         out_features, in_features = self.integers.shape
         values = self.integers.reshape(out_features, self.scale.shape[1], -1).astype(np.float32)
         if self.zero_point is not None:
-            values -= self.zero_point[:, :, None]  # small integers: exact in float32
+            values -= self.zero_point[:, :, None]  # integers: exact in float32
         values *= self.scale[:, :, None]
         return values.reshape(out_features, in_features)
 
     @property
+    def has_real_zero_point(self) -> bool:
+        """Whether the zero points are no integers, so that engines need `offset` instead."""
+        return self.zero_point is not None and self.zero_point.dtype == np.float32
+
+    @property
+    def offset(self) -> NDArray[np.float32]:
+        """What the integer 0 stands for, [out, groups]: -zero_point * scale, a float16 where the zero point is real."""
+        assert self.zero_point is not None
+        offset: NDArray[np.float32] = -self.zero_point.astype(np.float32) * self.scale
+        return offset.astype(np.float16).astype(np.float32) if self.has_real_zero_point else offset
+
+    @property
     def size_bits(self) -> int:
-        """Bits of the integers, the scales (float16) and the zero points, as engines can store them."""
-        zero_points = 0 if self.zero_point is None else self.zero_point.size * self.bits
+        """Bits of the integers, the scales (float16) and the zero points or offsets, as engines can store them."""
+        bits = 16 if self.has_real_zero_point else self.bits
+        zero_points = 0 if self.zero_point is None else self.zero_point.size * bits
         return self.integers.size * self.bits + self.scale.size * 16 + zero_points
 
 
@@ -173,6 +189,8 @@ def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, An
     if arguments.get("symmetric", True):
         return QuantizedWeight((stored.astype(np.int16) - offset).astype(np.int8), scale, None, bits, group_size)
     points = tensors.tensor(f"{module}.weight_zero_point").numpy()
+    if points.dtype == np.float32:
+        return QuantizedWeight(stored, scale, points + np.float32(offset), bits, group_size)
     if points.dtype == np.int32:  # packed down the rows, as the strategies group and channel have it
         zero_point = np.ascontiguousarray(unpack(np.ascontiguousarray(points.T), bits, out_features).T)
     else:
@@ -225,7 +243,9 @@ def _scales(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
     return scales
 
 
-def _signed(values: NDArray[Any], weight: QuantizedWeight) -> NDArray[np.int8]:
+def _signed(values: NDArray[Any], weight: QuantizedWeight) -> NDArray[np.int8] | NDArray[np.float32]:
+    if values.dtype == np.float32:
+        return np.asarray(values - np.float32(1 << (weight.bits - 1)))
     if weight.zero_point is None:
         return values.astype(np.int8)
     return (values.astype(np.int16) - (1 << (weight.bits - 1))).astype(np.int8)
@@ -240,6 +260,7 @@ class Scheme:
     symmetric: bool
     strategy: str
     group_size: int | None
+    real_zero_point: bool = False
 
     def options(self, targets: list[str]) -> dict[str, Any]:
         """The group of `config_groups` for these layers."""
@@ -250,6 +271,8 @@ class Scheme:
             "strategy": self.strategy,
             "dynamic": False,
         }
+        if self.real_zero_point:
+            weights["zp_dtype"] = "torch.float32"
         if self.strategy == "group":
             weights["group_size"] = self.group_size
         if self.strategy == "block":
@@ -260,7 +283,8 @@ class Scheme:
 def packed_scheme(weight: QuantizedWeight) -> Scheme:
     """How `packed_tensors` stores a layer."""
     if weight.zero_point is not None:
-        return Scheme(PACKED, weight.bits, False, "block", weight.group_size or weight.integers.shape[1])
+        size = weight.group_size or weight.integers.shape[1]
+        return Scheme(PACKED, weight.bits, False, "block", size, weight.has_real_zero_point)
     return Scheme(PACKED, weight.bits, True, "group" if weight.group_size else "channel", weight.group_size)
 
 

@@ -5,7 +5,9 @@ representable: ONNX operator QuantizeLinear (opset 21), with which `quantize` ag
 
 Texts that write x_q = round((x - z) / s) with a real-valued offset z mean the same where z = -s * zero_point for an
 integer zero point: for x = 0.75, s = 0.25 and z = 0.25 that is 2 = round(0.75 / 0.25) + (-1). With another z, zero is
-not on the grid and neither QuantizeLinear nor an integer kernel can represent it. This module has no such offsets.
+not on the grid and QuantizeLinear cannot represent it: a weight of 0 comes back as up to scale / 2. `quantize_from`
+computes that form. It suits weights, where zero is a value like others, and is the grid of GGUF's Q4_1 (offset = the
+smallest weight of each 32, ggml's quantize_row_q4_1_ref): such a source is recovered to the last integer.
 """
 
 import torch
@@ -87,6 +89,47 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> 
     if zero_point is None:
         return integers.clamp(smallest, largest).to(torch.int8)
     return (integers + zero_point).clamp(smallest, largest).to(torch.uint8)
+
+
+def nearest_half(values: Tensor) -> Tensor:
+    """`values` rounded to the nearest float16, still float32.
+
+    Raises:
+        ValueError: a value exceeds the range of float16.
+    """
+    rounded = values.half()
+    if torch.isinf(rounded).any():
+        raise ValueError(
+            f"Scales and offsets must fit into float16, at most 65504; got {values.abs().max().item():.4g}. "
+            "Leave this layer unquantized with `ignore`."
+        )
+    return rounded.float()
+
+
+def offset_scale(minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
+    """Scale that spreads [minimum, maximum] as it is over [0, 2 ** bits - 1], rounded to float16.
+
+    To the nearest: rounding up, as `storable` does, would move a scale that is a float16 already.
+
+    Args and Returns are those of `symmetric_scale`.
+    """
+    return _positive(nearest_half((maximum - minimum) / integer_range(bits, symmetric=False)[1]))
+
+
+def quantize_from(x: Tensor, offset: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integers that stand for `x` on the grid offset + scale * [0, 2 ** bits - 1].
+
+    Args:
+        x: float32.
+        offset: float32, broadcast over x; any real value, what the integer 0 stands for.
+        scale: float32, broadcast over x.
+        bits: of the quantized type.
+
+    Returns:
+        uint8 shaped like x: saturate(round_half_to_even((x - offset) / scale)).
+    """
+    smallest, largest = integer_range(bits, symmetric=False)
+    return torch.round((x - offset) / scale).clamp(smallest, largest).to(torch.uint8)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

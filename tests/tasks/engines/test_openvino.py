@@ -35,8 +35,14 @@ GRIDS = {
     "uint8": Grid(bits=8, symmetric=False),
     "int4": Grid(bits=4, group_size=32),
     "uint4": Grid(bits=4, symmetric=False, group_size=32),
+    "uint4 real": Grid(bits=4, symmetric=False, group_size=32, zero_point="real"),
 }
 NUM_LAYERS = 4
+
+
+def element_type(grid: str) -> str:
+    """OpenVINO's name of the integers of one of `GRIDS`."""
+    return grid.split()[0].replace("int", "i").replace("ui", "u")
 
 
 def reference(checkpoint: Path, input_ids: np.ndarray) -> np.ndarray:
@@ -52,7 +58,7 @@ def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray:
 
 def quantized(checkpoint: Path, out: Path, grid: Grid) -> Path:
     out.mkdir()
-    method = RoundToNearest(weights=grid, embeddings=grid)
+    method = RoundToNearest(weights=grid, embeddings=grid.model_copy(update={"zero_point": "integer"}))
     quantize_checkpoint(checkpoint=checkpoint, data=checkpoint, method=method, out=out)
     return out
 
@@ -193,12 +199,17 @@ def test_the_file_holds_the_integers_of_the_checkpoint(tiny_checkpoint: Path, tm
     assert len(integers) == 7 * NUM_LAYERS + 1  # the LM head shares the embedding's
     for name, weight in integers.items():
         constant = stored[name]
-        assert constant.get_element_type() == getattr(openvino.Type, grid.replace("int", "i").replace("ui", "u"))
+        assert constant.get_element_type() == getattr(openvino.Type, element_type(grid))
         np.testing.assert_array_equal(unpacked(constant).reshape(weight.integers.shape), weight.integers)
         assert stored[name + "_scale"].get_element_type() == openvino.Type.f16
         np.testing.assert_array_equal(stored[name + "_scale"].data.reshape(weight.scale.shape), weight.scale)
         assert (weight.zero_point is None) == (name + "_zero_point" not in stored)
-        if weight.zero_point is not None:
+        if weight.has_real_zero_point:  # the middle of the integers; the rest is in the offsets
+            assert unpacked(stored[name + "_zero_point"]).tolist() == [8]
+            offset = stored[name.removesuffix(".weight") + ".offset"]
+            assert offset.get_element_type() == openvino.Type.f16
+            np.testing.assert_array_equal(offset.data, weight.offset)
+        elif weight.zero_point is not None:
             points = unpacked(stored[name + "_zero_point"]).reshape(weight.zero_point.shape)
             np.testing.assert_array_equal(points, weight.zero_point)
     size_bytes = sum(weight.size_bits for weight in integers.values()) / 8
@@ -234,11 +245,13 @@ def test_the_plugin_fuses_every_part_of_the_graph(tiny_checkpoint: Path, tmp_pat
     assert count["MemoryInput"] == 2 * NUM_LAYERS
     assert count["RoPE"] == 2 * NUM_LAYERS
     assert count["RMS"] == 2 * NUM_LAYERS + 1
-    assert count["FullyConnected"] == 7 * NUM_LAYERS + 1
+    offsets = 7 * NUM_LAYERS if grid and GRIDS[grid].zero_point == "real" else 0
+    assert count["FullyConnected"] == 7 * NUM_LAYERS + 1 + offsets
     assert count["MatMul"] == 0
     assert count["Concatenation"] <= 2  # shapes and angles; the cache's own are in the attention
-    kind = "f32" if grid is None else grid.replace("int", "i").replace("ui", "u")
-    assert {layer["precision"] for layer in layers if layer["layerType"] == "FullyConnected"} == {kind}
+    kind = "f32" if grid is None else element_type(grid)
+    products = Counter(layer["precision"] for layer in layers if layer["layerType"] == "FullyConnected")
+    assert products == {kind: 7 * NUM_LAYERS + 1} | ({"f32": offsets} if offsets else {})
     assert kind in {layer["precision"] for layer in layers if layer["layerType"] == "Gather"}
 
 

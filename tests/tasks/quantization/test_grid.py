@@ -17,6 +17,7 @@ def test_real_offset_example_is_a_zero_point_of_minus_one():
     """round((x - z) / s) for x = 0.75, s = 0.25, z = 0.25 is 2; the ONNX form says it with z = -s * zero_point."""
     x, s, z = 0.75, 0.25, 0.25
     assert round((x - z) / s) == 2
+    assert grid.quantize_from(torch.tensor([x]), torch.tensor([z]), torch.tensor([s]), bits=8).tolist() == [2]
     zero_point = torch.tensor([-z / s])
     assert zero_point.item() == -1
     assert (torch.round(torch.tensor([x]) / s) + zero_point).item() == 2

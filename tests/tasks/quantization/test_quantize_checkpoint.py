@@ -18,6 +18,9 @@ METHODS = {
     "w8 asymmetric": RoundToNearest(weights=Grid(symmetric=False), embeddings=Grid(symmetric=False)),
     "w4 g32": RoundToNearest(weights=INT4),
     "w4 g32 asymmetric": RoundToNearest(weights=Grid(bits=4, group_size=32, symmetric=False)),
+    "w4 g32 real zero points": RoundToNearest(
+        weights=Grid(bits=4, group_size=32, symmetric=False, zero_point="real"), embeddings=Grid(group_size=32)
+    ),
     "w4 asymmetric per channel": RoundToNearest(weights=Grid(bits=4, symmetric=False), embeddings=None),
     "w3 g16, e4 g16": RoundToNearest(weights=Grid(bits=3, group_size=16), embeddings=Grid(bits=4, group_size=16)),
     "some float": RoundToNearest(weights=INT4, embeddings=None, ignore=("model.layers.0.*", "*.down_proj")),
