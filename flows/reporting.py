@@ -123,10 +123,10 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.recovery:
         steps.append("recovered")
     if candidate.quantization:
-        grid = candidate.quantization.weights
+        method, grid = candidate.quantization.method, candidate.quantization.weights
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
         kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
-        steps.append(f"W{grid.bits} {granularity}, {kind}")
+        steps.append(f"W{grid.bits} {granularity}, {kind}" + ("" if method == "rtn" else f", {method.upper()}"))
     return "; ".join(steps) or "unchanged"
 
 

@@ -12,7 +12,7 @@ from tasks.quantization.apply import QuantizationSummary
 @task(
     name="quantize",
     task_run_name="quantize-{label}",
-    cache_policy=stage_policy("tasks.quantization.apply", "torch", "compressed-tensors"),
+    cache_policy=stage_policy("tasks.quantization.apply", "torch", "transformers", "compressed-tensors"),
     persist_result=True,
     result_serializer="json",
 )

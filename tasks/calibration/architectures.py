@@ -33,6 +33,11 @@ class Architecture:
         return self.attention + self.mlp
 
     @property
+    def steps(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers of a block in the order of computation; those of one step read the same input."""
+        return (self.attention[:-1], self.attention[-1:], self.mlp[:-1], self.mlp[-1:])
+
+    @property
     def mlp_inputs(self) -> tuple[str, ...]:
         """The projections from the hidden state to the FFN's channels (gate and up)."""
         return self.mlp[:-1]

@@ -54,6 +54,8 @@ def compress_blocks(
     make_statistic: Callable[[int], Statistic],
     compress_: Callable[[str, Tensor, Statistic], None],
     report: Report = silent,
+    *,
+    step_by_step: bool = False,
 ) -> None:
     """Compress linear layers in place and in order.
 
@@ -65,22 +67,31 @@ def compress_blocks(
         make_statistic: makes an empty statistic of a layer's inputs from its in_features.
         compress_: gets a layer's name, its weight [out, in], which it changes in place, and its statistic.
         report: told after every block.
+        step_by_step: within a block too, a layer sees the outputs of those already compressed (Frantar et al., GPTQ,
+            2022, arXiv:2210.17323, its code's `true-sequential`); otherwise all see those of the uncompressed block.
     """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)
     states = _enter_blocks(model, blocks, batches)
     for index, linears in enumerate(block_linears(model, family, layers)):
         block = blocks[index]
-        statistics = {name: make_statistic(linear.in_features) for name, linear in linears.items()}
-        if linears:
-            with _observed({linear: statistics[name] for name, linear in linears.items()}):
+        for step in _steps(family, index, linears) if step_by_step else [linears]:
+            if not step:
+                continue
+            statistics = {name: make_statistic(linear.in_features) for name, linear in step.items()}
+            with _observed({linear: statistics[name] for name, linear in step.items()}):
                 for state in states:
                     _run(block, index, state)
-            for name, linear in linears.items():
+            for name, linear in step.items():
                 compress_(name, linear.weight, statistics[name])
         if index + 1 < len(blocks):
             for state in states:
                 state.hidden = _run(block, index, state)
         report(index + 1, len(blocks), {})
+
+
+def _steps(family: Architecture, index: int, linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
+    names = [[f"{family.block(index)}.{linear}" for linear in step] for step in family.steps]
+    return [{name: linears[name] for name in step if name in linears} for step in names]
 
 
 @torch.no_grad()

@@ -51,3 +51,19 @@ class InputActivity:
     def value(self) -> "Tensor":
         """[in_features] float32."""
         return self.sum_of_squares.sqrt().float()
+
+
+class InputGram:
+    """Running X X^T of a layer's inputs X [in_features, tokens]: the Hessian of its squared output error, up to 2."""
+
+    def __init__(self, in_features: int) -> None:
+        import torch
+
+        self.value = torch.zeros(in_features, in_features)
+        self.num_tokens = 0
+
+    def update(self, x: "Tensor") -> None:
+        """Add a batch of inputs, [..., in_features] in any float dtype."""
+        rows = x.flatten(0, -2).float()
+        self.value.addmm_(rows.T, rows)
+        self.num_tokens += len(rows)

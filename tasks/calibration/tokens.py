@@ -17,6 +17,7 @@ from tasks.calibration.corpora import Data, Document, Role, Stdlib, describe, do
 from tasks.calibration.progress import Report, silent
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SHINGLE_WORDS = 50
@@ -176,6 +177,25 @@ def load_tokens(data: Path, role: Literal["training", "calibration", "evaluation
     """[num_sequences, length] int32 token ids of a role, from a directory that `prepare_data` wrote."""
     tokens: Ids = np.load(data / f"{role}.npy", allow_pickle=False)
     return tokens
+
+
+def calibration_batches(data: Path, vocab_size: int, batch_size: int) -> "tuple[Tensor, ...]":
+    """The calibration tokens of `data`, in batches [batch_size, length] int64 (the last may be smaller).
+
+    Raises:
+        ValueError: there are none, or they are no tokens of a vocabulary of `vocab_size`.
+    """
+    import torch
+
+    tokens = load_tokens(data, "calibration")
+    if not len(tokens):
+        raise ValueError("Calibration needs at least one sequence; got none. Raise data.num_calibration_sequences.")
+    if int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"Calibration tokens must be below the model's {vocab_size} tokens; got {int(tokens.max())}. "
+            "Prepare the data with this model's tokenizer."
+        )
+    return torch.split(torch.from_numpy(tokens).long(), batch_size)
 
 
 def load_record(data: Path) -> dict[str, Any]:

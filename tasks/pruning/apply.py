@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tasks.calibration.architectures import architecture
 from tasks.calibration.checkpoints import load_model, save_model
 from tasks.calibration.progress import Report, silent
-from tasks.calibration.tokens import load_tokens
+from tasks.calibration.tokens import calibration_batches
 from tasks.pruning import PruningMethod
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def prune_checkpoint(
         ValueError: the checkpoint is quantized, of an unknown family or not finite; the tokens are none of its
             vocabulary; the pattern does not fit a layer; nothing would be removed.
     """
-    import torch
-
     config = json.loads((checkpoint / "config.json").read_text())
     if config.get("quantization_config"):
         raise ValueError(f"Pruning needs a float checkpoint; {checkpoint} is quantized. Start from the float model.")
@@ -72,12 +70,7 @@ def prune_checkpoint(
     layers = method.layers(family, num_layers)
     if not layers:
         raise ValueError("At least one layer must be pruned; `ignore` leaves none.")
-    tokens = torch.from_numpy(load_tokens(data, "calibration")).long()
-    if int(tokens.max()) >= int(config["vocab_size"]):
-        raise ValueError(
-            f"Calibration tokens must be below the model's {config['vocab_size']} tokens; got {int(tokens.max())}. "
-            "Prepare the data with this model's tokenizer."
-        )
+    batches = calibration_batches(data, int(config["vocab_size"]), BATCH_SIZE)
     model = load_model(checkpoint)
     _refuse_not_finite(model)
     all_linears = family.all_linears(num_layers)
@@ -85,7 +78,7 @@ def prune_checkpoint(
     num_parameters_before = sum(parameter.numel() for parameter in model.parameters())
     intermediate_size_before = int(getattr(model.config, family.intermediate_size_option))
 
-    method.prune_(model, family, torch.split(tokens, BATCH_SIZE), layers, report)
+    method.prune_(model, family, batches, layers, report)
 
     after = {name: _count(model.get_submodule(name)) for name in all_linears}
     untouched = [name for name in layers if after[name] == before[name]]

@@ -1,9 +1,13 @@
 """Quantization methods. To add one: a module beside these, and its class in `QuantizationMethod`."""
 
-from tasks.quantization.rtn import Grid, RoundToNearest
+from typing import Annotated
 
-QuantizationMethod = (
-    RoundToNearest  # the second makes it Annotated[RoundToNearest | ..., Field(discriminator="method")]
-)
+from pydantic import Field
 
-__all__ = ["Grid", "QuantizationMethod", "RoundToNearest"]
+from tasks.quantization.gptq import Gptq
+from tasks.quantization.ranges import Grid
+from tasks.quantization.rtn import RoundToNearest
+
+QuantizationMethod = Annotated[RoundToNearest | Gptq, Field(discriminator="method")]
+
+__all__ = ["Gptq", "Grid", "QuantizationMethod", "RoundToNearest"]

@@ -2,18 +2,21 @@
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from tasks.calibration.architectures import Architecture, architecture, matching
-from tasks.calibration.checkpoints import copy_tokenizer
+from tasks.calibration.checkpoints import copy_tokenizer, load_model
 from tasks.calibration.progress import Report, silent
-from tasks.quantization import Grid, QuantizationMethod
+from tasks.calibration.tokens import calibration_batches
+from tasks.quantization import Gptq, Grid, QuantizationMethod
 from tasks.quantization.checkpoint_format import (
     QuantizedWeight,
     Scheme,
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 8  # calibration sequences; more is no faster on CPUs and holds more activations
+
 
 class QuantizedLayer(BaseModel, frozen=True):
     """What quantization made of one layer."""
@@ -44,6 +49,9 @@ class QuantizedLayer(BaseModel, frozen=True):
     bits_per_weight: float  # with scales (float16) and zero points
     relative_error: float  # ||W - W'|| / ||W||, Frobenius norms
     max_error: float  # largest |w - w'|
+    sqnr_db: float | None  # 20 log10(||W|| / ||W - W'||); None where nothing was lost
+    output_error: float | None  # ||(W - W') X|| / ||W X|| on the calibration tokens; None: a method that reads none
+    note: str  # what the method had to do; empty: nothing unusual
 
 
 class QuantizationSummary(BaseModel, frozen=True):
@@ -60,6 +68,7 @@ class QuantizationSummary(BaseModel, frozen=True):
     worst_relative_error: float
     layers: list[QuantizedLayer]
     left_float: list[str]  # layers that could have been quantized and were not
+    notes: list[str]
 
 
 def quantize_checkpoint(
@@ -69,11 +78,11 @@ def quantize_checkpoint(
 
     Args:
         checkpoint: plain checkpoint directory, float, of a family in `architectures.py`.
-        data: prepared data; round to nearest reads none of it.
+        data: prepared data; round to nearest reads none of it, other methods its calibration tokens.
         method: how.
         out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
             quantized is float32.
-        report: told after every layer.
+        report: told after every block, or tensor.
 
     Raises:
         ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
@@ -94,29 +103,39 @@ def quantize_checkpoint(
         error_squared = norm_squared = 0.0
         num_parameters = 0
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
+
+        def add(module: str, values: NDArray[np.float32], weight: QuantizedWeight, *about: Any) -> None:
+            nonlocal error_squared, norm_squared
+            layer, error, norm = _measure(module, values, weight, *about)
+            layers.append(layer)
+            error_squared += error
+            norm_squared += norm
+            if module in (family.embedding, family.lm_head):
+                schemes[module] = plain_scheme(weight)
+                writer.add(plain_tensors(module, weight))
+                if tied:
+                    schemes[family.lm_head] = schemes[module]
+                    writer.add(tied_tensors(family.lm_head, weight))
+            else:
+                schemes[module] = packed_scheme(weight)
+                writer.add(packed_tensors(module, weight))
+
+        if method.method == "gptq":
+            linears = set(family.all_linears(int(config[family.num_layers_option])))
+            calibrated = {module: grid for module, grid in grids.items() if grid and module in linears}
+            _quantize_blocks(checkpoint, data, family, method, calibrated, add, report)
         for step, name in enumerate(names, start=1):
             module = name.removesuffix(".weight")
+            num_parameters += math.prod(tensors.shape(name))
+            if name.endswith(".weight") and module in schemes:
+                continue
             values = tensors.tensor(name).float()
-            num_parameters += values.numel()
             grid = grids.get(module) if name.endswith(".weight") else None
             if grid is None:
                 _refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
             else:
-                weight = method.quantize(values, grid, module)
-                layer, error, norm = _measure(module, values.numpy(), weight)
-                layers.append(layer)
-                error_squared += error
-                norm_squared += norm
-                if module in (family.embedding, family.lm_head):
-                    schemes[module] = plain_scheme(weight)
-                    writer.add(plain_tensors(module, weight))
-                    if tied:
-                        schemes[family.lm_head] = schemes[module]
-                        writer.add(tied_tensors(family.lm_head, weight))
-                else:
-                    schemes[module] = packed_scheme(weight)
-                    writer.add(packed_tensors(module, weight))
+                add(module, values.numpy(), method.quantize(values, grid, module))
             report(step, len(names), {"relative_error": layers[-1].relative_error} if grid else {})
     left_float = [module for module, grid in grids.items() if grid is None]
     config["dtype"] = "float32"
@@ -144,7 +163,40 @@ def quantize_checkpoint(
         worst_relative_error=worst.relative_error,
         layers=layers,
         left_float=left_float,
+        notes=[f"{layer.name}: {layer.note}" for layer in layers if layer.note],
     )
+
+
+def _quantize_blocks(
+    checkpoint: Path,
+    data: Path,
+    family: Architecture,
+    method: Gptq,
+    grids: dict[str, Grid],
+    add: Callable[..., None],
+    report: Report,
+) -> None:
+    """Quantize linear layers block by block on calibration tokens, and hand each to `add` as it is done."""
+    import torch
+
+    from tasks.calibration.layerwise import compress_blocks
+    from tasks.calibration.statistics import InputGram
+    from tasks.quantization.gptq import output_error
+
+    model = load_model(checkpoint)
+    batches = calibration_batches(data, model.config.vocab_size, BATCH_SIZE)
+
+    def compress_(module: str, weight: "Tensor", inputs: InputGram) -> None:
+        before = weight.detach().clone()
+        found = method.quantize_for(before, grids[module], module, inputs)
+        weight.copy_(torch.from_numpy(found.weight.dequantize()))
+        note = ""
+        if found.damping > method.damping:
+            note = f"damping raised from {method.damping:g} to {found.damping:g}; its inputs are nearly dependent"
+            logger.warning("%s: %s", module, note)
+        add(module, before.numpy(), found.weight, output_error(before, weight, inputs.value), note)
+
+    compress_blocks(model, family, batches, grids, InputGram, compress_, report, step_by_step=method.true_sequential)
 
 
 def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
@@ -166,7 +218,13 @@ def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, ti
     return modules
 
 
-def _measure(name: str, values: NDArray[np.float32], weight: QuantizedWeight) -> tuple[QuantizedLayer, float, float]:
+def _measure(
+    name: str,
+    values: NDArray[np.float32],
+    weight: QuantizedWeight,
+    output_error: float | None = None,
+    note: str = "",
+) -> tuple[QuantizedLayer, float, float]:
     """The layer's figures, and the squared norms of its error and of its weights."""
     error = values - weight.dequantize()
     error_squared = float(np.square(error, dtype=np.float64).sum())
@@ -180,6 +238,9 @@ def _measure(name: str, values: NDArray[np.float32], weight: QuantizedWeight) ->
         bits_per_weight=weight.size_bits / values.size,
         relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
         max_error=float(np.abs(error).max()),
+        sqnr_db=10 * math.log10(norm_squared / error_squared) if error_squared and norm_squared else None,
+        output_error=output_error,
+        note=note,
     )
     return layer, error_squared, norm_squared
 

@@ -10,6 +10,9 @@ computes that form. It suits weights, where zero is a value like others, and is 
 smallest weight of each 32, ggml's quantize_row_q4_1_ref): such a source is recovered to the last integer.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -136,6 +139,51 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Te
     """Values that `integers` stand for, float32."""
     values = integers.float() if zero_point is None else integers.float() - zero_point
     return values * scale
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """What the integers stand for: (integer - zero_point) * scale, or offset + integer * scale."""
+
+    bits: int
+    scale: Tensor  # float32, any shape that broadcasts over the weights
+    zero_point: Tensor | None = None  # float32 integers of the same shape
+    offset: Tensor | None = None  # float32 of the same shape; instead of a zero point
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Affine":
+        """The same grids with `change` made to their scales, zero points and offsets alike."""
+        zero_point = None if self.zero_point is None else change(self.zero_point)
+        return Affine(self.bits, change(self.scale), zero_point, None if self.offset is None else change(self.offset))
+
+    def expanded(self) -> "Affine":
+        """With one more dimension, along which a group's weights lie."""
+        return self.each(lambda part: part[..., None])
+
+    def group(self, index: int) -> "Affine":
+        """The grids of one column of groups, [out]."""
+        return self.each(lambda part: part[:, index])
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Integers that stand for `x`, int8 where the grid is symmetric, else uint8."""
+        if self.offset is not None:
+            return quantize_from(x, self.offset, self.scale, self.bits)
+        return quantize(x, self.scale, self.zero_point, self.bits)
+
+    def dequantize(self, integers: Tensor) -> Tensor:
+        """Values that `integers` stand for, float32."""
+        return dequantize(integers, self.scale, self.real_zero_point)
+
+    @property
+    def real_zero_point(self) -> Tensor | None:
+        """The zero point, an integer or, for a grid with an offset, any number; None where symmetric."""
+        return self.zero_point if self.offset is None else -self.offset / self.scale
+
+    @property
+    def zero(self) -> Tensor | None:
+        """The integer that stands for exactly zero; None where there is none."""
+        if self.offset is not None:
+            return None
+        return torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
 
 
 def in_groups(weight: Tensor, group_size: int | None, layer: str) -> Tensor:

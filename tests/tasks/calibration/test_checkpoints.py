@@ -272,9 +272,9 @@ def test_a_quantized_checkpoint_of_another_library(checkpoint: Path) -> None:
 def test_a_quantized_checkpoint_becomes_a_plain_model_of_its_integers_times_scales(
     tiny_checkpoint: Path, tmp_path: Path, out: Path
 ) -> None:
+    from tasks.quantization import Grid, RoundToNearest
     from tasks.quantization.apply import quantize_checkpoint
     from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
-    from tasks.quantization.rtn import Grid, RoundToNearest
 
     quantized = tmp_path / "quantized"
     quantized.mkdir()

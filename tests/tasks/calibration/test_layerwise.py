@@ -62,6 +62,29 @@ def test_every_layer_sees_what_it_gets_in_a_model_whose_earlier_blocks_are_compr
             torch.testing.assert_close(collected[name], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_step_by_step_a_layer_also_sees_the_compressed_layers_of_its_own_block(tiny_checkpoint):
+    model = load_model(tiny_checkpoint)
+    collected = {}
+
+    def compress_(name, weight, statistic):
+        collected[name] = torch.cat(statistic.seen)
+        weight.mul_(0.5)
+
+    compress_blocks(model, LLAMA, BATCHES, LLAMA.all_linears(4), Inputs, compress_, step_by_step=True)
+    assert list(collected) == LLAMA.all_linears(4)
+    done = []
+    for index in range(2):
+        for step in LLAMA.steps:
+            names = [f"{LLAMA.block(index)}.{linear}" for linear in step]
+            half_done = load_model(tiny_checkpoint)
+            with torch.no_grad():
+                for name in done:
+                    half_done.get_submodule(name).weight.mul_(0.5)
+            for name, expected in inputs_in_a_real_forward(half_done, names).items():
+                torch.testing.assert_close(collected[name], expected, rtol=1e-5, atol=1e-5)
+            done += names
+
+
 def test_model_is_whole_again_after_the_walk(tiny_checkpoint):
     model, untouched = load_model(tiny_checkpoint), load_model(tiny_checkpoint)
     compress_blocks(model, LLAMA, BATCHES, LLAMA.all_linears(4), InputNorm, lambda name, weight, statistic: None)

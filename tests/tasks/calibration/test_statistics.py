@@ -1,6 +1,6 @@
 import torch
 
-from tasks.calibration.statistics import InputActivity, InputNorm
+from tasks.calibration.statistics import InputActivity, InputGram, InputNorm
 
 
 def test_norm_is_that_of_all_tokens_together():
@@ -21,3 +21,14 @@ def test_activity_is_the_mean_over_a_sequence_and_the_norm_over_sequences():
         means = [sum(abs(x[sequence, token, channel].item()) for token in range(7)) / 7 for sequence in range(5)]
         expected.append(sum(mean**2 for mean in means) ** 0.5)
     torch.testing.assert_close(activity.value, torch.tensor(expected))
+
+
+def test_gram_is_that_of_all_tokens_together():
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 5, 8), torch.randn(1, 3, 8)]
+    gram = InputGram(8)
+    for batch in batches:
+        gram.update(batch)
+    x = torch.cat([batch.reshape(-1, 8) for batch in batches]).double()
+    torch.testing.assert_close(gram.value.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert gram.num_tokens == 13

@@ -11,8 +11,8 @@ from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import MANIFEST, EngineSummary, compile_engine, load_bundle, read_manifest
 from tasks.engines.generation import generate
 from tasks.engines.pytorch import PyTorch
+from tasks.quantization import RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
-from tasks.quantization.rtn import RoundToNearest
 
 ENGINE = OnnxRuntime(precision="float32")
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tasks.engines.decoder import floats, read_decoder, shape
+from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight
-from tasks.quantization.rtn import Grid, RoundToNearest
 
 
 @pytest.fixture

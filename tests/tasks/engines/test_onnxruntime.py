@@ -26,9 +26,9 @@ from tasks.engines import generation
 from tasks.engines import onnxruntime as engine
 from tasks.engines.decoder import Decoder, Layer, Weight, read_decoder
 from tasks.engines.onnxruntime import GRAPH_FILE, WEIGHTS_FILE, OnnxRuntime, OnnxRuntimeSession
+from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight
-from tasks.quantization.rtn import Grid, RoundToNearest
 
 EXACT = OnnxRuntime(precision="float32", activations="float32")
 FAST = OnnxRuntime(precision="float32")

@@ -24,9 +24,9 @@ from transformers import (
 
 from tasks.engines.decoder import read_decoder
 from tasks.engines.openvino import MODEL_FILE, OpenVino, OpenVinoSession, build_model
+from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
-from tasks.quantization.rtn import Grid, RoundToNearest
 
 EXACT = OpenVino(precision="float32", activations="float32", kv_cache="float32")
 FLOAT32_ERROR = 1e-4  # logits are below 5; float32 sums in another order

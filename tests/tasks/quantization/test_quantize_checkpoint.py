@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.calibration.checkpoints import load_model
-from tasks.quantization import Grid, RoundToNearest
+from tasks.quantization import Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, Tensors, TensorWriter, read_weights
 
@@ -21,16 +21,21 @@ METHODS = {
     "w4 g32 real zero points": RoundToNearest(
         weights=Grid(bits=4, group_size=32, symmetric=False, zero_point="real"), embeddings=Grid(group_size=32)
     ),
+    "gptq w4 g32": Gptq(weights=INT4),
+    "gptq w3 g16 asymmetric": Gptq(weights=Grid(bits=3, group_size=16, symmetric=False, range="mse")),
     "w4 asymmetric per channel": RoundToNearest(weights=Grid(bits=4, symmetric=False), embeddings=None),
     "w3 g16, e4 g16": RoundToNearest(weights=Grid(bits=3, group_size=16), embeddings=Grid(bits=4, group_size=16)),
     "some float": RoundToNearest(weights=INT4, embeddings=None, ignore=("model.layers.0.*", "*.down_proj")),
 }
+CALIBRATION = np.random.default_rng(0).integers(0, 512, (12, 32)).astype(np.int32)
 
 
 def quantized(checkpoint, tmp_path, method, name="out"):
-    out = tmp_path / name
+    out, data = tmp_path / name, tmp_path / f"{name}.data"
     out.mkdir()
-    return out, quantize_checkpoint(checkpoint=checkpoint, data=tmp_path, method=method, out=out)
+    data.mkdir()
+    np.save(data / "calibration.npy", CALIBRATION)
+    return out, quantize_checkpoint(checkpoint=checkpoint, data=data, method=method, out=out)
 
 
 def values(weight):
@@ -107,6 +112,61 @@ def test_summary_measures_the_weight_error(tiny_checkpoint, tmp_path):
     assert layer.max_error == pytest.approx(np.abs(error).max())
     assert layer.bits_per_weight == 4 + 16 / 32
     assert summary.worst_relative_error == max(layer.relative_error for layer in summary.layers)
+
+
+def kl_to_the_original(checkpoint, out, tokens):
+    with torch.no_grad():
+        p, q = (load_model(path)(tokens).logits.double().log_softmax(-1) for path in (checkpoint, out))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("grid", [Grid(bits=3, group_size=32), Grid(bits=4, group_size=32, symmetric=False)])
+def test_gptq_is_nearer_to_the_original_than_rounding(tiny_checkpoint, tmp_path, grid):
+    tokens = torch.from_numpy(CALIBRATION).long()
+    rounded, _ = quantized(tiny_checkpoint, tmp_path, RoundToNearest(weights=grid), "rounded")
+    solved, summary = quantized(tiny_checkpoint, tmp_path, Gptq(weights=grid), "solved")
+    assert kl_to_the_original(tiny_checkpoint, solved, tokens) < 0.8 * kl_to_the_original(
+        tiny_checkpoint, rounded, tokens
+    )
+    errors = {layer.name: layer.output_error for layer in summary.layers}
+    assert errors.pop("model.embed_tokens") is None
+    assert len(errors) == 4 * 7
+    assert all(0 < error < layer.relative_error for error, layer in zip(errors.values(), summary.layers, strict=False))
+
+
+def test_gptq_sees_the_layers_quantized_before(tiny_checkpoint, tmp_path):
+    """The output error of a layer, computed again from the inputs it gets in the finished model's earlier layers."""
+    out, summary = quantized(tiny_checkpoint, tmp_path, Gptq(weights=INT4))
+    model, original = load_model(out), load_model(tiny_checkpoint)
+    name, inputs = "model.layers.2.mlp.down_proj", []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model.model(torch.from_numpy(CALIBRATION).long())
+        exact, coarse = (each.get_submodule(name).weight for each in (original, model))
+        x = inputs[0].T
+        expected = torch.linalg.norm((exact - coarse) @ x) / torch.linalg.norm(exact @ x)
+    handle.remove()
+    (layer,) = (layer for layer in summary.layers if layer.name == name)
+    assert layer.output_error == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_a_pruned_checkpoint_keeps_its_zeros(tiny_checkpoint, tmp_path):
+    pruned = tmp_path / "pruned"
+    shutil.copytree(tiny_checkpoint, pruned)
+    tensors = load_file(pruned / "model.safetensors")
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up][tensors[up].abs() < tensors[up].abs().median()] = 0
+    save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
+    for name in ("w4 g32", "w4 g32 asymmetric", "gptq w4 g32", "gptq w3 g16 asymmetric"):
+        out, _ = quantized(pruned, tmp_path, METHODS[name], name.replace(" ", "-"))
+        assert (read_weights(out)[up].dequantize()[tensors[up].numpy() == 0] == 0).all()
+
+
+def test_tokens_of_another_vocabulary_are_refused(tiny_checkpoint, tmp_path):
+    np.save(tmp_path / "calibration.npy", np.full((2, 8), 600, np.int32))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="below the model's 512 tokens; got 600"):
+        quantize_checkpoint(checkpoint=tiny_checkpoint, data=tmp_path, method=Gptq(), out=tmp_path / "out")
 
 
 def test_float_checkpoint_is_read_as_it_is(tiny_checkpoint):

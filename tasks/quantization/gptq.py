@@ -1,0 +1,159 @@
+"""GPTQ: round one column after the other, and let the columns that are left make up for the error.
+
+Frantar, Ashkboos, Hoefler and Alistarh, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers, ICLR 2023, arXiv:2210.17323, algorithm 1; with the activation order of its code. A group's grid is fitted
+to the weights as they were, so that groups stay runs of neighbouring inputs whatever the order ("static groups");
+with `range: mse`, errors are weighed by the inputs' squares.
+
+Deviations: weights that are zero stay zero where the grid has a zero, so a pruned layer stays pruned; where the damped
+Hessian has no Cholesky factor, damping grows tenfold, at most to the mean of its diagonal, and the summary says so.
+"""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, model_validator
+
+from tasks.quantization.ranges import Grid, fit
+from tasks.quantization.rtn import refuse_real_zero_points, round_to_nearest, stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.calibration.statistics import InputGram
+    from tasks.quantization.checkpoint_format import QuantizedWeight
+
+
+class Gptq(BaseModel, frozen=True, extra="forbid"):
+    """Round weights so that a layer's outputs on the calibration tokens change least; block by block."""
+
+    method: Literal["gptq"] = "gptq"
+    weights: Grid = Field(Grid(bits=4, group_size=32), description="Grid of the linear layers of every block.")
+    embeddings: Grid | None = Field(
+        Grid(),
+        description="Grid of the embedding and the LM head, rounded to nearest; tied ones share their integers. "
+        "null: float32.",
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="Added to the Hessian's diagonal, in units of its mean.")
+    act_order: bool = Field(True, description="Columns with the largest inputs first, while others can still give way.")
+    block_size: int = Field(128, ge=1, description="Columns between two updates of all that follow; changes no result.")
+    true_sequential: bool = Field(True, description="Within a block too, see the outputs of quantized layers.")
+
+    @model_validator(mode="after")
+    def _tables_have_integer_zero_points(self) -> "Gptq":
+        refuse_real_zero_points(self.embeddings)
+        return self
+
+    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
+        """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
+        return round_to_nearest(weight, grid, layer)
+
+    def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":
+        """`weight` [out, in] float32 of a linear layer on `grid`, for the inputs it was seen to get."""
+        return gptq(
+            weight,
+            inputs.value,
+            grid,
+            layer,
+            damping=self.damping,
+            act_order=self.act_order,
+            block_size=self.block_size,
+        )
+
+
+class Found(NamedTuple):
+    """What `gptq` found."""
+
+    weight: "QuantizedWeight"
+    damping: float  # as it had to be
+
+
+def gptq(
+    weight: "Tensor",
+    hessian: "Tensor",
+    options: Grid,
+    layer: str,
+    *,
+    damping: float,
+    act_order: bool,
+    block_size: int,
+) -> Found:
+    """The weight on its grid with nearly the smallest ||(W - Q) X||.
+
+    Args:
+        weight: [out_features, in_features] float32, finite; not modified.
+        hessian: [in_features, in_features] float32, X X^T of the inputs X [in_features, tokens]; its scale is free.
+        options: which grid.
+        layer: the layer's name, for errors.
+        damping: lambda, in units of the mean of the Hessian's diagonal.
+        act_order: columns in the order of descending diagonal.
+        block_size: columns in one block of the lazy updates (section 3.3, step 2).
+
+    Raises:
+        ValueError: the weight or the Hessian is not finite, the group size does not divide the layer's width, or no
+            damping makes the Hessian positive definite.
+    """
+    import torch
+
+    in_features = weight.shape[1]
+    if not torch.isfinite(hessian).all():
+        raise ValueError(f"The inputs of {layer} must be finite on the calibration tokens; they overflow or are NaN.")
+    affine = fit(weight, options, layer, importance=hessian.diagonal())
+    group_size = options.group_size or in_features
+    left = weight.clone()
+    dead = hessian.diagonal() == 0  # never seen: nothing says what their weights are for
+    left[:, dead] = 0
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(in_features)
+    left = left[:, order]
+    upper, damping = _upper_factor(hessian[order][:, order], dead[order], damping, layer)
+    integers = torch.empty_like(left, dtype=torch.int8 if options.symmetric else torch.uint8)
+    zero = affine.zero
+    for start in range(0, in_features, block_size):
+        end = min(start + block_size, in_features)
+        errors = torch.empty_like(left[:, start:end])
+        for column in range(start, end):
+            grids = affine.group(int(order[column]) // group_size)
+            values = left[:, column]
+            chosen = grids.quantize(values)
+            if zero is not None:
+                pruned = weight[:, order[column]] == 0
+                chosen = torch.where(pruned, zero[:, int(order[column]) // group_size].to(chosen.dtype), chosen)
+            integers[:, column] = chosen
+            error = (values - grids.dequantize(chosen)) / upper[column, column]
+            errors[:, column - start] = error
+            left[:, column:end].addr_(error, upper[column, column:end], alpha=-1)
+        left[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+    unordered = torch.empty_like(integers)
+    unordered[:, order] = integers
+    return Found(stored(unordered, affine, options.group_size), damping)
+
+
+def _upper_factor(hessian: "Tensor", dead: "Tensor", damping: float, layer: str) -> "tuple[Tensor, float]":
+    """U with U^T U = (H + lambda I)^-1, upper triangular, and lambda as it had to be."""
+    import torch
+
+    mean = float(hessian.diagonal()[~dead].mean()) if not dead.all() else 1.0
+    hessian = hessian / mean  # small inputs would underflow
+    hessian.diagonal()[dead] = 1
+    identity = torch.eye(len(hessian))
+    while damping <= 1:
+        lower, failed = torch.linalg.cholesky_ex(hessian + damping * identity)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and upper.isfinite().all():
+            return upper, damping
+        damping *= 10
+    raise ValueError(
+        f"The Hessian of {layer} has no Cholesky factor, whatever the damping up to the mean of its diagonal. "
+        "Calibrate on more sequences, or leave the layer out with `ignore`."
+    )
+
+
+def output_error(weight: "Tensor", quantized: "Tensor", hessian: "Tensor") -> float:
+    """||(W - Q) X|| / ||W X||: the relative error of a layer's outputs on the tokens whose X X^T is `hessian`."""
+    difference = weight - quantized
+    before = float(((weight @ hessian) * weight).sum())
+    error = float(((difference @ hessian) * difference).sum())
+    return (max(error, 0.0) / before) ** 0.5 if before > 0 else 0.0

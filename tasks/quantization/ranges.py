@@ -1,0 +1,128 @@
+"""Which values a grid covers: the options of a grid, and scales and zero points that fit a weight.
+
+`min-max` covers every weight. `mse` gives up the outermost ones of a group where that makes the others more exact: of
+ranges narrowed in steps of one percent, the one with the smallest sum of |w - w'|^2.4 (the exponent and the search of
+GPTQ's code, arXiv:2210.17323, and of llm-compressor's MSE observer). Where a method has seen a layer's inputs x, it is
+the one with the smallest sum of x^2 (w - w')^2, the error of the outputs if inputs were uncorrelated.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.quantization.grid import Affine
+
+NARROWEST = 0.8
+"""Fraction of a group's range; llm-compressor narrows as far by default."""
+EXPONENT = 2.4
+ROWS_PER_SEARCH = 2048
+"""Rows searched at once, so that an embedding's search needs no more memory than a layer's."""
+
+
+class Grid(BaseModel, frozen=True, extra="forbid"):
+    """Which integers stand for which weights."""
+
+    bits: int = Field(8, ge=2, le=8, description="Bits per weight; the engines take 4 and 8.")
+    symmetric: bool = Field(True, description="Zero is the integer 0; otherwise a zero point is stored too.")
+    group_size: int | None = Field(
+        None, ge=8, description="Consecutive inputs that share a scale; null: one scale per row (per channel)."
+    )
+    zero_point: Literal["integer", "real"] = Field(
+        "integer",
+        description="Of asymmetric grids. integer: ONNX's form, zero stays zero. real: the grid begins at the smallest "
+        "weight, whatever it is; GGUF's Q4_1 is such a grid (4 bits, groups of 32), and is recovered without loss.",
+    )
+    range: Literal["min-max", "mse"] = Field(
+        "min-max",
+        description="Which weights the grid covers: all, or as many as give the smallest error, outliers saturating.",
+    )
+
+    @model_validator(mode="after")
+    def _only_asymmetric_grids_have_zero_points(self) -> "Grid":
+        if self.symmetric and self.zero_point == "real":
+            raise ValueError("a symmetric grid has no zero point; set `symmetric: false`, or drop `zero_point`.")
+        return self
+
+
+def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None" = None) -> "Affine":
+    """The grid of every row or group of a weight.
+
+    Args:
+        weight: [out_features, in_features] float32, finite; not modified.
+        options: which kind of grid; its group size divides in_features.
+        layer: the layer's name, for errors.
+        importance: [in_features] float32, mean squares of the inputs, which weigh errors in the search of `mse`.
+
+    Returns:
+        [out_features, groups] scales and zero points.
+
+    Raises:
+        ValueError: the weight is not finite, or the group size does not divide its width.
+    """
+    import torch
+
+    from tasks.quantization import grid
+
+    groups = grid.in_groups(weight, options.group_size, layer)
+    minimum, maximum = groups.aminmax(dim=2)
+    if not (minimum.isfinite().all() and maximum.isfinite().all()):
+        num_bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"Weights must be finite; {num_bad} of {weight.numel()} weights of {layer} are NaN or infinite. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )
+    if options.range == "min-max":
+        return covering(minimum, maximum, options)
+    if importance is not None:
+        importance = importance.reshape(groups.shape[1:])
+    parts = []
+    for start in range(0, len(groups), ROWS_PER_SEARCH):
+        rows = slice(start, start + ROWS_PER_SEARCH)
+        parts.append(_least_error(groups[rows], minimum[rows], maximum[rows], options, importance))
+    low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
+    return covering(low, high, options)
+
+
+def covering(minimum: "Tensor", maximum: "Tensor", options: Grid) -> "Affine":
+    """The grid from `minimum` to `maximum`, float32 of one shape, widened to hold zero unless its offset is real."""
+    from tasks.quantization import grid
+
+    bits = options.bits
+    if options.zero_point == "real":
+        scale = grid.offset_scale(minimum, maximum, bits)
+        return grid.Affine(bits, scale, offset=grid.nearest_half(minimum))
+    if options.symmetric:
+        return grid.Affine(bits, grid.storable(grid.symmetric_scale(minimum, maximum, bits)))
+    scale = grid.storable(grid.asymmetric_scale(minimum, maximum, bits))
+    return grid.Affine(bits, scale, zero_point=grid.asymmetric_zero_point(minimum, scale, bits))
+
+
+def _least_error(
+    groups: "Tensor", minimum: "Tensor", maximum: "Tensor", options: Grid, importance: "Tensor | None"
+) -> "tuple[Tensor, Tensor]":
+    """The ends of the range with the least error, for each group of [rows, groups, group_size]; each [rows, groups].
+
+    Ranges shrink towards zero, or towards their middle where the grid need not hold zero.
+    """
+    import torch
+
+    middle = (minimum + maximum) / 2 if options.zero_point == "real" else torch.zeros_like(minimum)
+    best_low, best_high = minimum, maximum
+    least = torch.full_like(minimum, torch.inf)
+    for percent in range(100, round(100 * NARROWEST) - 1, -1):
+        low, high = (middle + percent / 100 * (end - middle) for end in (minimum, maximum))
+        if percent == 100:
+            low, high = minimum, maximum  # to the last bit
+        affine = covering(low, high, options).expanded()
+        difference = affine.dequantize(affine.quantize(groups)) - groups
+        if importance is None:
+            error = difference.abs_().pow_(EXPONENT).sum(dim=2)
+        else:
+            error = (difference.square_() * importance).sum(dim=2)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+    return best_low, best_high

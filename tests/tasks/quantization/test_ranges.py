@@ -1,0 +1,80 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.quantization import Grid
+from tasks.quantization.ranges import covering, fit
+from tasks.quantization.rtn import round_to_nearest
+
+
+def error(weight, grid):
+    return float((np.abs(round_to_nearest(weight, grid, "layer").dequantize() - weight.numpy()) ** 2.4).sum())
+
+
+@pytest.mark.parametrize(("symmetric", "zero_point"), [(True, "integer"), (False, "integer"), (False, "real")])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_narrowed_range_is_the_best_of_all_that_are_tried(bits, symmetric, zero_point):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 48)
+    weight[1, 3] = 6.0
+    grid = Grid(bits=bits, symmetric=symmetric, group_size=16, zero_point=zero_point, range="mse")
+    affine = fit(weight, grid, "layer")
+    for row, group in itertools.product(range(5), range(3)):
+        values = weight[row, 16 * group : 16 * group + 16]
+        low, high = values.min(), values.max()
+        middle = (low + high) / 2 if zero_point == "real" else torch.tensor(0.0)
+        tried = {}
+        for percent in range(80, 101):
+            ends = [middle + percent / 100 * (end - middle) for end in (low, high)]
+            one = covering(*ends, grid)
+            tried[percent] = float((one.dequantize(one.quantize(values)) - values).abs().pow(2.4).sum())
+        chosen = affine.each(lambda part, row=row, group=group: part[row, group])
+        got = float((chosen.dequantize(chosen.quantize(values)) - values).abs().pow(2.4).sum())
+        assert got == pytest.approx(min(tried.values()), rel=1e-4)
+
+
+def test_large_inputs_decide_the_range():
+    """Two outliers, one on an input that is always zero: only the other's range is kept."""
+    weight = torch.tensor([[8.0] + [0.9, -1.1, 0.7] * 5, [8.0] + [0.9, -1.1, 0.7] * 5])
+    grid = Grid(bits=3, range="mse")
+    unseen = torch.ones(16)
+    unseen[0] = 0
+    seen = torch.ones(16)
+    seen[0] = 1e4
+    assert fit(weight, grid, "layer", importance=unseen).scale[0] < 0.9 * fit(weight, grid, "layer", seen).scale[0]
+    assert fit(weight, grid, "layer", seen).scale[0] == fit(weight, Grid(bits=3), "layer").scale[0]
+
+
+def test_narrowing_errs_less():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    for options in ({"bits": 3}, {"bits": 4, "group_size": 32}, {"bits": 4, "group_size": 32, "symmetric": False}):
+        assert error(weight, Grid(**options, range="mse")) < error(weight, Grid(**options))
+
+
+def test_a_range_that_loses_nothing_is_not_narrowed():
+    rng = np.random.default_rng(0)
+    integers = rng.integers(0, 16, (8, 64))
+    integers[:, 0::32], integers[:, 1::32] = 0, 15
+    weight = torch.from_numpy((integers * 0.125 - 0.5).astype(np.float32))
+    grid = Grid(bits=4, symmetric=False, group_size=32, zero_point="real", range="mse")
+    quantized = round_to_nearest(weight, grid, "layer")
+    assert np.array_equal(quantized.integers, integers)
+    assert np.array_equal(quantized.dequantize(), weight.numpy())
+
+
+def test_many_rows_are_searched_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    weight, grid = torch.randn(10, 32), Grid(bits=3, group_size=16, range="mse")
+    whole = fit(weight, grid, "layer").scale
+    monkeypatch.setattr("tasks.quantization.ranges.ROWS_PER_SEARCH", 3)
+    assert torch.equal(fit(weight, grid, "layer").scale, whole)
+
+
+def test_constant_groups_have_a_grid():
+    weight = torch.stack([torch.zeros(16), torch.full((16,), 0.3), torch.full((16,), -0.3)])
+    for symmetric in (True, False):
+        grid = Grid(bits=4, symmetric=symmetric, range="mse")
+        np.testing.assert_allclose(round_to_nearest(weight, grid, "layer").dequantize(), weight.numpy(), rtol=2**-9)
