@@ -92,6 +92,14 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError(f"candidate {name!r} lists the same engine twice: {', '.join(kinds)}.")
         return self
 
+    @model_validator(mode="after")
+    def _engines_hold_the_grids(self) -> "Recipe":
+        for name, candidate in self.candidates.items():
+            for engine in self.engines_of(candidate):
+                if problem := misfit(candidate.quantization, engine):
+                    raise ValueError(f"candidate {name!r}: {problem}")
+        return self
+
     def engines_of(self, candidate: Candidate) -> tuple[Engine, ...]:
         """The engines that `candidate` is compiled for."""
         return candidate.engines or self.engines
@@ -100,6 +108,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """Engines in which the unchanged model is measured too: every one that a candidate runs in here."""
         used = [engine for candidate in self.candidates.values() for engine in self.engines_of(candidate)]
         return tuple({label(engine): engine for engine in used if engine.executable}.values())
+
+
+def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
+    """Why `engine` cannot compute with what `method` makes; None if it can."""
+    grids = (method.weights, method.embeddings) if method else ()
+    return next((problem for grid in grids if grid and (problem := engine.cannot_hold(grid))), None)
 
 
 class RecipeError(ValueError):

@@ -7,12 +7,16 @@ field keeps what the recipe says.
 from typing import Annotated, Literal
 
 from prefect import flow
-from pydantic import Field
+from pydantic import Field, TypeAdapter
+from rich.markup import escape
 
 from flows import recipe as recipes
 from flows.optimize import optimize
 from flows.outcome import Outcome
-from flows.recipe import Recipe
+from flows.recipe import Recipe, misfit
+from infra.console import console
+from tasks.engines import Engine, label
+from tasks.quantization import QuantizationMethod
 
 EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
 PRECISION = {"onnxruntime": "float32", "openvino": "float32", "tensorrt": "float16"}
@@ -35,7 +39,7 @@ def start(
     Args:
         recipe: Name of a shipped recipe.
         source: Another model: hub id, directory, .gguf, package:, models:/ or s3://.
-        engines: Engines of every candidate that names none of its own.
+        engines: Engines of every candidate that names none of its own, as far as they can hold its weights.
         max_perplexity_increase_percent: A candidate that may be above it is not accepted.
         min_top1_agreement: Share of tokens predicted as the original does.
         never_slower_than_original: Reject what is slower than the model in PyTorch.
@@ -54,9 +58,33 @@ def start(
     }
     if register_as:
         options["register_as"] = register_as
+    for note in leave_out_misfits(options):
+        console.print(f"[yellow]left out[/] {escape(note)}", soft_wrap=True)
     if training_minutes:
         share_training_time(options, training_minutes)
     return optimize(Recipe.model_validate(options))
+
+
+def leave_out_misfits(options: dict) -> list[str]:  # type: ignore[type-arg]
+    """Take from candidates the engines that cannot hold their weights, and candidates that keep none; in place.
+
+    Returns:
+        What was left out and why, a sentence each.
+    """
+    engines = TypeAdapter(tuple[Engine, ...]).validate_python(options["engines"])
+    notes = []
+    for name, candidate in list(options["candidates"].items()):
+        if candidate["engines"]:
+            continue
+        method = TypeAdapter(QuantizationMethod | None).validate_python(candidate["quantization"])
+        problems = {label(engine): misfit(method, engine) for engine in engines}
+        notes += [f"{name} in {engine}: {problem}" for engine, problem in problems.items() if problem]
+        fitting = [engine.model_dump(mode="json") for engine in engines if not problems[label(engine)]]
+        if not fitting:
+            del options["candidates"][name]
+        elif len(fitting) < len(engines):
+            candidate["engines"] = fitting
+    return notes
 
 
 def share_training_time(options: dict, minutes: float) -> None:  # type: ignore[type-arg]

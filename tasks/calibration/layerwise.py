@@ -6,7 +6,7 @@ hidden states of the calibration tokens.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,10 +77,17 @@ def compress_blocks(
         for step in _steps(family, index, linears) if step_by_step else [linears]:
             if not step:
                 continue
-            statistics = {name: make_statistic(linear.in_features) for name, linear in step.items()}
-            with _observed({linear: statistics[name] for name, linear in step.items()}):
+            if step_by_step:  # they read the same input, so one of them is watched for all
+                shared = make_statistic(next(iter(step.values())).in_features)
+                statistics = dict.fromkeys(step, shared)
+                watched = {next(iter(step.values())): shared}
+            else:
+                statistics = {name: make_statistic(linear.in_features) for name, linear in step.items()}
+                watched = {linear: statistics[name] for name, linear in step.items()}
+            with _observed(watched, until_seen=True):
                 for state in states:
-                    _run(block, index, state)
+                    with suppress(_Seen):
+                        _run(block, index, state)
             for name, linear in step.items():
                 compress_(name, linear.weight, statistics[name])
         if index + 1 < len(blocks):
@@ -163,13 +170,25 @@ def _run(block: nn.Module, index: int, state: _Batch) -> Tensor:
     return hidden
 
 
+class _Seen(Exception):
+    """Ends a block's forward pass whose output nobody needs."""
+
+
 @contextmanager
-def _observed(statistics: dict[nn.Linear, Statistic]) -> Iterator[None]:
-    """Update the statistics with the inputs of every call of their layers."""
+def _observed(statistics: dict[nn.Linear, Statistic], *, until_seen: bool = False) -> Iterator[None]:
+    """Update the statistics with the inputs of every call of their layers.
+
+    With `until_seen`, a forward pass ends with `_Seen` as soon as each of the layers was called.
+    """
+    waiting = set(statistics)
 
     def observe(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(linear, nn.Linear)
         statistics[linear].update(args[0])
+        waiting.discard(linear)
+        if until_seen and not waiting:
+            waiting.update(statistics)
+            raise _Seen
 
     handles = [linear.register_forward_pre_hook(observe) for linear in statistics]
     try:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder, shape
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
+from tasks.quantization import Grid
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 GRAPH_FILE = "model.onnx"
@@ -62,6 +63,12 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         if not absent:
             return None
         return f"The engine 'onnxruntime' needs {' and '.join(absent)}. Install: pip install 'slimline[onnxruntime]'"
+
+    def cannot_hold(self, grid: Grid) -> str | None:
+        """Why this engine cannot multiply with weights on `grid`; None if it can."""
+        if grid.group_size is None or grid.group_size % min(BLOCK_SIZES) == 0:
+            return None
+        return f"ONNX Runtime needs quantization groups divisible by 16; got {grid.group_size}. Change group_size."
 
     def compile(self, checkpoint: Path, out: Path) -> None:
         """Writes the graph and its weights (integers as the checkpoint's) into `out`."""

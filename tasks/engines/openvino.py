@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
+from tasks.quantization import Grid
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 MODEL_FILE = "openvino_model.xml"  # the name OpenVINO GenAI looks for; the weights lie beside it in the .bin
@@ -53,6 +54,10 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
         """What this machine lacks to compile and run it; None if nothing."""
         if importlib.util.find_spec("openvino") is None:
             return "The engine 'openvino' needs openvino. Install it: pip install 'slimline[openvino]'"
+        return None
+
+    def cannot_hold(self, grid: Grid) -> str | None:
+        """Why this engine cannot multiply with weights on `grid`; None: it takes all."""
         return None
 
     def compile(self, checkpoint: Path, out: Path) -> None:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, model_validator
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import Precision, export_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
+from tasks.quantization import Grid
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
                 "Compile on a machine with one, or use library 'tensorrt_rtx'."
             )
         return None
+
+    def cannot_hold(self, grid: Grid) -> str | None:
+        """Why this engine cannot multiply with weights on `grid`; None if it can."""
+        if grid.symmetric:
+            return None
+        return "TensorRT takes no zero points; quantize with `symmetric: true` for it."
 
     def compile(self, checkpoint: Path, out: Path) -> None:
         """Writes the plan into `out`.

@@ -67,6 +67,20 @@ def test_a_value_out_of_range_names_value_and_bound():
     assert "less than or equal to 8; got 9" in text
 
 
+@pytest.mark.parametrize(
+    ("engine", "grid", "message"),
+    [
+        ("onnxruntime", {"bits": 4, "group_size": 24}, "groups divisible by 16; got 24"),
+        ("tensorrt", {"bits": 8, "symmetric": False}, "TensorRT takes no zero points"),
+        ("tensorrt", {"bits": 4, "symmetric": False, "zero_point": "real"}, "TensorRT takes no zero points"),
+    ],
+)
+def test_a_grid_that_an_engine_cannot_hold_is_refused_before_anything_starts(engine, grid, message):
+    engines = [{"engine": "openvino", "precision": "float32"}, {"engine": engine, "precision": "float32"}]
+    content = changed(candidates={"a": {"quantization": {**INT8, "weights": grid}}}, engines=engines)
+    assert f"candidate 'a': {message}" in refusal(content).replace("ONNX Runtime needs quantization ", "")
+
+
 def test_recovery_without_pruning_is_refused():
     text = refusal(changed(candidates={"a": {"recovery": {"training": {"max_steps": 3}}}}))
     assert "`recovery` trains a pruned model" in text

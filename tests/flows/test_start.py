@@ -53,6 +53,16 @@ def test_an_engine_that_the_recipe_does_not_name_gets_a_named_precision(built):
     assert engine.precision == "float16"
 
 
+def test_what_an_engine_cannot_hold_is_left_out_and_said(built, capsys):
+    recipe = call(built, engines=["tensorrt"])
+    assert "int8" in recipe.candidates
+    assert "int4" not in recipe.candidates
+    assert "left out int4 in tensorrt-float16: TensorRT takes no zero points" in capsys.readouterr().err
+    recipe = call(built, engines=["onnxruntime", "tensorrt"])
+    assert [engine.engine for engine in recipe.engines_of(recipe.candidates["int4"])] == ["onnxruntime"]
+    assert [engine.engine for engine in recipe.engines_of(recipe.candidates["int8"])] == ["onnxruntime", "tensorrt"]
+
+
 def test_training_time_is_shared_by_steps(built):
     trainings = [{"max_steps": 30}, {"max_steps": 10}]
     options = {
