@@ -56,6 +56,7 @@ def compress_blocks(
     report: Report = silent,
     *,
     step_by_step: bool = False,
+    prepare_: Callable[[str, dict[str, Statistic]], None] | None = None,
 ) -> None:
     """Compress linear layers in place and in order.
 
@@ -69,14 +70,23 @@ def compress_blocks(
         report: told after every block.
         step_by_step: within a block too, a layer sees the outputs of those already compressed (Frantar et al., GPTQ,
             2022, arXiv:2210.17323, its code's `true-sequential`); otherwise all see those of the uncompressed block.
+        prepare_: gets the name of a block, and a statistic for the first layer of each step in it, before any of the
+            block is compressed; may change the block in place, but not what it computes.
     """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)
     states = _enter_blocks(model, blocks, batches)
     for index, linears in enumerate(block_linears(model, family, layers)):
         block = blocks[index]
-        for step in _steps(family, index, linears) if step_by_step else [linears]:
-            if not step:
-                continue
+        steps = [step for step in _steps(family, index, linears) if step]
+        if prepare_ and steps:
+            firsts = dict(next(iter(step.items())) for step in steps)
+            observed = {name: make_statistic(linear.in_features) for name, linear in firsts.items()}
+            with _observed({linear: observed[name] for name, linear in firsts.items()}, until_seen=True):
+                for state in states:
+                    with suppress(_Seen):
+                        _run(block, index, state)
+            prepare_(family.block(index), observed)
+        for step in steps if step_by_step else [linears] if linears else []:
             if step_by_step:  # they read the same input, so one of them is watched for all
                 shared = make_statistic(next(iter(step.values())).in_features)
                 statistics = dict.fromkeys(step, shared)

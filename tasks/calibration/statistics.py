@@ -60,10 +60,17 @@ class InputGram:
         import torch
 
         self.value = torch.zeros(in_features, in_features)
+        self.sum_of_magnitudes = torch.zeros(in_features)
         self.num_tokens = 0
 
     def update(self, x: "Tensor") -> None:
         """Add a batch of inputs, [..., in_features] in any float dtype."""
         rows = x.flatten(0, -2).float()
         self.value.addmm_(rows.T, rows)
+        self.sum_of_magnitudes += rows.abs().sum(dim=0)
         self.num_tokens += len(rows)
+
+    @property
+    def magnitude(self) -> "Tensor":
+        """[in_features] float32, the mean of |x|."""
+        return self.sum_of_magnitudes / max(1, self.num_tokens)

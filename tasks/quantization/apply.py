@@ -120,16 +120,17 @@ def quantize_checkpoint(
                 schemes[module] = packed_scheme(weight)
                 writer.add(packed_tensors(module, weight))
 
+        changed: dict[str, Tensor] = {}
         if method.method == "gptq":
             linears = set(family.all_linears(int(config[family.num_layers_option])))
             calibrated = {module: grid for module, grid in grids.items() if grid and module in linears}
-            _quantize_blocks(checkpoint, data, family, method, calibrated, add, report)
+            changed = _quantize_blocks(checkpoint, data, family, method, calibrated, add, report)
         for step, name in enumerate(names, start=1):
             module = name.removesuffix(".weight")
             num_parameters += math.prod(tensors.shape(name))
             if name.endswith(".weight") and module in schemes:
                 continue
-            values = tensors.tensor(name).float()
+            values = changed[name] if name in changed else tensors.tensor(name).float()
             grid = grids.get(module) if name.endswith(".weight") else None
             if grid is None:
                 _refuse_not_finite(values, name)
@@ -175,14 +176,20 @@ def _quantize_blocks(
     grids: dict[str, Grid],
     add: Callable[..., None],
     report: Report,
-) -> None:
-    """Quantize linear layers block by block on calibration tokens, and hand each to `add` as it is done."""
+) -> "dict[str, Tensor]":
+    """Quantize linear layers block by block on calibration tokens, and hand each to `add` as it is done.
+
+    Returns:
+        Other tensors that have changed on the way, by their names.
+    """
     import torch
 
     from tasks.calibration.layerwise import compress_blocks
     from tasks.calibration.statistics import InputGram
+    from tasks.quantization.awq import scale_inputs_
     from tasks.quantization.gptq import output_error
 
+    changed: dict[str, Tensor] = {}
     model = load_model(checkpoint)
     batches = calibration_batches(data, model.config.vocab_size, BATCH_SIZE)
 
@@ -196,7 +203,21 @@ def _quantize_blocks(
             logger.warning("%s: %s", module, note)
         add(module, before.numpy(), found.weight, output_error(before, weight, inputs.value), note)
 
-    compress_blocks(model, family, batches, grids, InputGram, compress_, report, step_by_step=method.true_sequential)
+    def scale_(block: str, inputs: dict[str, InputGram]) -> None:
+        changed.update(scale_inputs_(model, family, block, inputs, grids))
+
+    compress_blocks(
+        model,
+        family,
+        batches,
+        grids,
+        InputGram,
+        compress_,
+        report,
+        step_by_step=method.true_sequential,
+        prepare_=scale_ if method.awq else None,
+    )
+    return changed
 
 
 def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:

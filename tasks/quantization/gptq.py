@@ -41,6 +41,10 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that follow; changes no result.")
     true_sequential: bool = Field(True, description="Within a block too, see the outputs of quantized layers.")
 
+    awq: bool = Field(
+        False, description="Before, scale the inputs of layers so that those that matter lose less (AWQ)."
+    )
+
     @model_validator(mode="after")
     def _tables_have_integer_zero_points(self) -> "Gptq":
         refuse_real_zero_points(self.embeddings)

@@ -23,6 +23,7 @@ METHODS = {
     ),
     "gptq w4 g32": Gptq(weights=INT4),
     "gptq w3 g16 asymmetric": Gptq(weights=Grid(bits=3, group_size=16, symmetric=False, range="mse")),
+    "gptq awq w4 g16": Gptq(weights=Grid(bits=4, group_size=16), awq=True),
     "w4 asymmetric per channel": RoundToNearest(weights=Grid(bits=4, symmetric=False), embeddings=None),
     "w3 g16, e4 g16": RoundToNearest(weights=Grid(bits=3, group_size=16), embeddings=Grid(bits=4, group_size=16)),
     "some float": RoundToNearest(weights=INT4, embeddings=None, ignore=("model.layers.0.*", "*.down_proj")),
@@ -120,11 +121,12 @@ def kl_to_the_original(checkpoint, out, tokens):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.parametrize("awq", [False, True])
 @pytest.mark.parametrize("grid", [Grid(bits=3, group_size=32), Grid(bits=4, group_size=32, symmetric=False)])
-def test_gptq_is_nearer_to_the_original_than_rounding(tiny_checkpoint, tmp_path, grid):
+def test_gptq_is_nearer_to_the_original_than_rounding(tiny_checkpoint, tmp_path, grid, awq):
     tokens = torch.from_numpy(CALIBRATION).long()
     rounded, _ = quantized(tiny_checkpoint, tmp_path, RoundToNearest(weights=grid), "rounded")
-    solved, summary = quantized(tiny_checkpoint, tmp_path, Gptq(weights=grid), "solved")
+    solved, summary = quantized(tiny_checkpoint, tmp_path, Gptq(weights=grid, awq=awq), "solved")
     assert kl_to_the_original(tiny_checkpoint, solved, tokens) < 0.8 * kl_to_the_original(
         tiny_checkpoint, rounded, tokens
     )
