@@ -173,6 +173,8 @@ def _gave(result: StageResult) -> str:
     if "num_training_tokens" in found:
         windows = value("num_evaluation_windows")
         return f"{value('num_training_tokens'):,.0f} tokens to train on, {windows:.0f} windows to judge by"
+    if "subjects" in found:
+        return f"{len(found['subjects'])} subjects in {value('num_blocks'):.0f} interleaved blocks"
     words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"
     if parity := found.get("parity"):
         words += f", top-1 agreement with PyTorch {parity['top1_agreement']:.2%}"
