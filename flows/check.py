@@ -32,6 +32,7 @@ class Step:
 
     title: str
     cached: bool
+    shared_with: str | None = None  # an earlier stage that is the same: the same inputs and options
 
 
 @dataclass
@@ -57,16 +58,23 @@ def plan(recipe: Recipe) -> Plan:
         ValueError: the model source does not exist or cannot be reached.
     """
     found = Plan(obstacles=obstacles(recipe))
+    planned: dict[str, tuple[str, Any]] = {}
 
     def look_up(task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> Any:
         title = f"{label} {task.name}".strip()
+        stage = f"{task.name} {_identity(arguments)}"
+        if stage in planned:
+            earlier, outcome = planned[stage]
+            found.steps.append(Step(title, not isinstance(outcome, _Pending), shared_with=earlier))
+            return outcome
         values = [v for a in arguments.values() for v in (a.values() if isinstance(a, dict) else [a])]
         result = None
         if not any(isinstance(value, _Pending) for value in values):
             result = earlier_result(task, arguments)
         cached = result is not None and exists(result.artifact)
         found.steps.append(Step(title, cached))
-        return result if cached else _Pending()
+        planned[stage] = (title, result if cached else _Pending())
+        return planned[stage][1]
 
     pipeline(recipe, look_up)
     found.estimate = estimate(recipe.source)
@@ -76,6 +84,17 @@ def plan(recipe: Recipe) -> Plan:
         found.disk_mib = disk_mib(recipe, found.estimate.num_parameters, found.estimate.download_bytes or 0)
         _compare_with_machine(found)
     return found
+
+
+def _identity(argument: Any) -> str:
+    """What tells a stage's argument from others: of results, which they are, not where they were recorded."""
+    if isinstance(argument, _Pending):
+        return f"pending {id(argument)}"
+    if isinstance(argument, StageResult):
+        return argument.artifact.sha256
+    if isinstance(argument, dict):
+        return str({name: _identity(value) for name, value in sorted(argument.items())})
+    return repr(argument)
 
 
 def obstacles(recipe: Recipe) -> list[str]:
@@ -112,12 +131,17 @@ def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
 def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
     """Estimated disk that the artifacts take, in MiB, the download included."""
     model_mib = num_parameters * FLOAT32_BYTES / 2**20
-    checkpoints = sum(
-        model_mib * sum(bool(s) for s in (c.distillation, c.pruning, c.recovery)) for c in recipe.candidates.values()
-    )
+    checkpoints, quantized = set(), set()  # candidates that begin alike share them
+    for candidate in recipe.candidates.values():
+        chain: tuple[str, ...] = ()
+        for stage in (candidate.distillation, candidate.pruning, candidate.recovery):
+            if stage:
+                chain += (repr(stage),)
+                checkpoints.add(chain)
+        if candidate.quantization:
+            quantized.add((chain, repr(candidate.quantization)))
     bundles = sum(_served_mib(model_mib, c, e) for c, e in _subjects(recipe))
-    quantized = sum(model_mib / 4 for c in recipe.candidates.values() if c.quantization)
-    return download_bytes / 2**20 + model_mib + checkpoints + quantized + bundles
+    return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles
 
 
 def _subjects(recipe: Recipe) -> list[tuple[Candidate, Engine]]:
@@ -150,10 +174,11 @@ def show(found: Plan) -> None:
     """Print the plan."""
     table = Table("stage", "", box=None, pad_edge=False)
     for step in found.steps:
-        table.add_row(step.title, "[green]cached[/]" if step.cached else "to run")
+        state = f"same as {step.shared_with}" if step.shared_with else "to run"
+        table.add_row(step.title, "[green]cached[/]" if step.cached else state)
     console.print(table)
-    to_run = sum(not step.cached for step in found.steps)
-    console.print(f"\n{len(found.steps)} stages, {to_run} to run.")
+    stages = [step for step in found.steps if not step.shared_with]
+    console.print(f"\n{len(stages)} stages, {sum(not step.cached for step in stages)} to run.")
     if found.estimate and found.estimate.download_bytes is not None:
         console.print(f"Download: {found.estimate.download_bytes / 2**20:,.0f} MiB.")
     if found.peak_memory_mib and found.disk_mib:

@@ -64,3 +64,28 @@ def test_an_engine_that_is_only_built_here_is_said(monkeypatch):
     monkeypatch.setattr(TensorRT, "executable", False)
     told = recipe({"engines": [{"engine": "tensorrt", "precision": "float16"}]})
     assert notes(told) == ["tensorrt-float16: built, but not run here. There is no GPU."]
+
+
+def test_a_stage_that_candidates_share_is_planned_once(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(check, "earlier_result", lambda task, arguments: None)
+    student = {"distillation": {"student": {"layers": 2}, "training": {"max_steps": 1}}}
+    both = recipe(student).model_dump(mode="json")
+    both["source"] = str(tiny_checkpoint)
+    both["candidates"]["two"] = {**student, "quantization": INT8}
+    plan = check.plan(parse(both))
+    steps = {step.title: step for step in plan.steps}
+    assert steps["two distill"].shared_with == "one distill"
+    assert steps["two quantize"].shared_with is None
+    check.show(plan)
+    told = capsys.readouterr().err
+    assert "same as one distill" in told
+    assert f"{len(plan.steps) - 1} stages, {len(plan.steps) - 1} to run." in told
+
+
+def test_checkpoints_that_candidates_share_are_counted_once():
+    student = {"distillation": {"student": {"layers": 2}, "training": {"max_steps": 1}}}
+    one = recipe(student).model_dump(mode="json")
+    two = {**one, "candidates": {**one["candidates"], "two": {**student, "quantization": INT8}}}
+    model_mib = 4 * BILLION / 2**20
+    more = disk_mib(parse(two), BILLION, 0) - disk_mib(parse(one), BILLION, 0)
+    assert more == pytest.approx(model_mib / 4 + model_mib / 4)  # the quantized checkpoint and its engine
