@@ -1,5 +1,6 @@
 """The `slimline` command."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -77,6 +78,8 @@ def run(
         from flows.outcome import show
         from infra.services import start_inner_server
 
+        for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end from elsewhere: as orderly as by Ctrl-C
+            signal.signal(number, signal.default_int_handler)
         start_inner_server()
         outcome = optimize(chosen)
         show(outcome)

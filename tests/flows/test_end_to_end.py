@@ -172,10 +172,14 @@ def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> 
     return running
 
 
-def test_ctrl_c_ends_it_with_one_sentence_and_leaves_nothing(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_run_ends_with_one_sentence_and_leaves_nothing(tiny_checkpoint, tmp_path, how):
     path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=100_000))
     running = start_training(path, tmp_path / "home", errors=subprocess.PIPE)
-    os.killpg(running.pid, signal.SIGINT)  # a terminal signals all that runs in its foreground
+    if how == "Ctrl-C":
+        os.killpg(running.pid, signal.SIGINT)  # a terminal signals all that runs in its foreground
+    else:
+        os.kill(running.pid, signal.SIGTERM)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said
     assert "Interrupted. Finished stages are kept" in said, said
