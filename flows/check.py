@@ -104,13 +104,22 @@ def obstacles(recipe: Recipe) -> list[str]:
 
 
 def notes(recipe: Recipe) -> list[str]:
-    """What will be done only in part here, and why."""
+    """What will be done only in part here, or is seldom what is wanted, and why."""
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
-    return [
+    found = [
         f"{name}: built, but not run here. {engine.cannot_run()}"
         for name, engine in engines.items()
         if not engine.missing() and not engine.executable
     ]
+    for name, candidate in recipe.candidates.items():
+        trained = candidate.distillation or candidate.recovery
+        if trained and candidate.quantization and candidate.quantization.weights.zero_point == "real":
+            found.append(
+                f"{name}: `zero_point: real` rounds weights back to the grid that a quantized source came from, and "
+                "takes away what training had changed (docs/quantization.md). Prefer `method: gptq` with integer zero "
+                "points."
+            )
+    return found
 
 
 def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:

@@ -89,3 +89,12 @@ def test_checkpoints_that_candidates_share_are_counted_once():
     model_mib = 4 * BILLION / 2**20
     more = disk_mib(parse(two), BILLION, 0) - disk_mib(parse(one), BILLION, 0)
     assert more == pytest.approx(model_mib / 4 + model_mib / 4)  # the quantized checkpoint and its engine
+
+
+def test_a_grid_that_undoes_training_is_pointed_out():
+    student = {"student": {"layers": 2}, "training": {"max_steps": 1}}
+    weights = {"bits": 4, "symmetric": False, "group_size": 32, "zero_point": "real"}
+    quantization = {"method": "rtn", "weights": weights}
+    (note,) = notes(recipe({"distillation": student, "quantization": quantization}))
+    assert "one: `zero_point: real`" in note
+    assert notes(recipe({"quantization": quantization})) == []
