@@ -149,7 +149,7 @@ class Line(BaseModel, frozen=True):
         at = self.speed.throughput.get(batch_size) if self.speed else None
         return at.tokens_per_s if at else None
 
-    def figures(self) -> tuple[float | None, float | None, float | None]:
+    def figures(self) -> tuple[float | None, ...]:
         """What the Pareto front compares: size, time per output token, perplexity."""
         return (
             self.row.size_bytes,
@@ -180,7 +180,10 @@ def lines(data: ReportData) -> list[Line]:
     order = {"": 0, "ACCEPT": 1, "INCONCLUSIVE": 2, "REJECT": 3}
     rows.sort(key=lambda line: (order[line.verdict], line.row.name != data.winner))
     everything = [original, *rows]
-    front = pareto_front([line.figures() for line in everything])
+    figures = [line.figures() for line in everything]
+    if data.speed is None:  # then the front is that of size and quality
+        figures = [(size_bytes, perplexity) for size_bytes, _, perplexity in figures]
+    front = pareto_front(figures)
     return [line.model_copy(update={"on_front": on}) for line, on in zip(everything, front, strict=True)]
 
 

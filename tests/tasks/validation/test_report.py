@@ -209,6 +209,13 @@ def test_lines_begin_with_the_original_and_the_winner(data):
     assert [line.on_front for line in found] == [True, True, False, True]
 
 
+def test_without_speed_the_front_is_that_of_size_and_quality(data, tmp_path):
+    silent = data.model_copy(update={"speed": None})
+    assert [line.row.name for line in lines(silent) if line.on_front][:2] == ["original", "int8/openvino"]
+    assert "Filled marks are on the front of both" in page_of(silent, tmp_path).text
+    assert "Filled marks are on the front of all three" in page_of(data, tmp_path).text
+
+
 def test_headline_counts_what_the_winner_gained(data):
     told = headline(data)
     assert told.verdict == "ACCEPT"
