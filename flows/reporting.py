@@ -21,6 +21,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
+from tasks.quantization import QuantizationMethod
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
@@ -123,11 +124,17 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.recovery:
         steps.append("recovered")
     if candidate.quantization:
-        method, grid = candidate.quantization.method, candidate.quantization.weights
+        grid = candidate.quantization.weights
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
         kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
-        steps.append(f"W{grid.bits} {granularity}, {kind}" + ("" if method == "rtn" else f", {method.upper()}"))
+        steps.append(f"W{grid.bits} {granularity}, {kind}{_method_words(candidate.quantization)}")
     return "; ".join(steps) or "unchanged"
+
+
+def _method_words(method: QuantizationMethod) -> str:
+    if method.method == "rtn":
+        return ""
+    return ", GPTQ with AWQ scaling" if method.awq else ", GPTQ"
 
 
 def _pruning_words(method: Any) -> str:

@@ -213,6 +213,7 @@ def test_without_speed_the_front_is_that_of_size_and_quality(data, tmp_path):
     silent = data.model_copy(update={"speed": None})
     assert [line.row.name for line in lines(silent) if line.on_front][:2] == ["original", "int8/openvino"]
     assert "Filled marks are on the front of both" in page_of(silent, tmp_path).text
+    assert "candidate was faster" not in page_of(silent, tmp_path).text
     assert "Filled marks are on the front of all three" in page_of(data, tmp_path).text
 
 
