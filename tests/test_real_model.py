@@ -41,6 +41,14 @@ def test_eight_bits_cost_less_than_two_percent_and_are_accepted(found, engine):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_four_bits_on_the_sources_own_grid_cost_less_than_one_percent(found, engine):
+    int4 = row(found, f"int4/{engine}")
+    assert int4["judgement"]["verdict"] == "ACCEPT"
+    assert int4["quality"]["perplexity_increase_percent"]["high"] < 1
+    assert int4["size_bytes"] < 0.2 * found["original_size_bytes"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_unchanged_model_answers_the_same_in_every_engine(found, engine):
     assert row(found, f"original/{engine}")["quality"]["top1_agreement"]["value"] > 0.98
 
