@@ -472,8 +472,7 @@ class _GraphWriter:
     def _offset_product(self, name: str, weights: list[QuantizedWeight], hidden: str) -> str:
         """What real-valued offsets add to x @ W.T: each group's sum of inputs, times its offset.
 
-        MatMulNBits takes real zero points too, but then without its fast kernels. Its implied zero point, the middle
-        of the integers, is added to the offsets here.
+        MatMulNBits' implied zero point, the middle of the integers, is made up for here.
         """
         in_features = shape(weights[0])[1]
         groups = weights[0].scale.shape[1]

@@ -11,7 +11,7 @@ Two of its formats are used, because compressed-tensors 0.20 with transformers 5
   `.weight_scale`, the embedding's, and `tie_word_embeddings` gives it the embedding's integers.
 
 Real-valued zero points (`grid.quantize_from`) are stored as float32, which `zp_dtype` says; then -zero_point * scale
-gives back the offset, a float16, to the last bit. Stock transformers recovers them; vLLM's integer kernels do not.
+gives back the offset, a float16, to the last bit. Stock transformers recovers them; other readers have not been tried.
 
 Scales are stored as float16; see `grid.py`. compressed-tensors counts every integer from -2 ** (bits - 1), so its
 asymmetric integers and zero points are ours less 2 ** (bits - 1).
