@@ -316,8 +316,7 @@ def _linear(x: Any, weight: Weight, name: str, bias: Floats | None = None) -> An
 def _offset_product(x: Any, weight: QuantizedWeight, name: str) -> Any:
     """What real-valued offsets add to x W^T: each group's sum of inputs, times its offset; [..., out].
 
-    A real zero point on the weight itself is held too, but then the plugin does not round inputs to 8 bits, and reads
-    prompts half as fast.
+    A real zero point on the weight itself is computed with too, but a prompt then takes half as long again.
     """
     from openvino import opset13 as ops
 
