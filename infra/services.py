@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -221,10 +222,30 @@ def start_inner_server() -> None:
     if PREFECT_API_URL.value():
         return
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    server = SubprocessASGIServer()
     try:
-        SubprocessASGIServer().start()
+        server.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+    assert server.server_process
+    threading.Thread(target=_end_after, args=[server.server_process], daemon=True).start()
+
+
+def _end_after(server: "subprocess.Popen[Any]") -> None:
+    """End this process when its server has ended and it does not notice by itself.
+
+    A service manager ends all processes at once. Prefect then tries for minutes to tell its server how the run ended.
+    """
+    while server.poll() is None:
+        time.sleep(0.5)
+    time.sleep(STOP_TIMEOUT_S)  # a process that is about to exit is gone by then
+    print(  # noqa: T201  the console may be held by what hangs
+        "error The Prefect server inside this run was ended. Finished stages are kept; the same command goes on from "
+        "there.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def end_orphans(home: Path) -> int:
