@@ -1,5 +1,6 @@
 """Say what a recipe would do before anything heavy starts: stages, what is cached, what it needs, what cannot be."""
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 from flows.pipeline import pipeline
 from flows.recipe import Candidate, Recipe
 from infra.artifacts import exists
-from infra.caching import earlier_result
+from infra.caching import content, earlier_result
 from infra.console import console
 from infra.hardware import hardware
 from infra.settings import settings
@@ -47,8 +48,11 @@ class Plan:
     obstacles: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
 class _Pending:
     """Stands for the result of a stage that has not run; whatever depends on it has not run either."""
+
+    stage: str
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -62,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
 
     def look_up(task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> Any:
         title = f"{label} {task.name}".strip()
-        stage = f"{task.name} {_identity(arguments)}"
+        stage = json.dumps([task.name, content(arguments)], sort_keys=True)
         if stage in planned:
             earlier, outcome = planned[stage]
             found.steps.append(Step(title, not isinstance(outcome, _Pending), shared_with=earlier))
@@ -73,7 +77,7 @@ def plan(recipe: Recipe) -> Plan:
             result = earlier_result(task, arguments)
         cached = result is not None and exists(result.artifact)
         found.steps.append(Step(title, cached))
-        planned[stage] = (title, result if cached else _Pending())
+        planned[stage] = (title, result if cached else _Pending(title))
         return planned[stage][1]
 
     pipeline(recipe, look_up)
@@ -84,17 +88,6 @@ def plan(recipe: Recipe) -> Plan:
         found.disk_mib = disk_mib(recipe, found.estimate.num_parameters, found.estimate.download_bytes or 0)
         _compare_with_machine(found)
     return found
-
-
-def _identity(argument: Any) -> str:
-    """What tells a stage's argument from others: of results, which they are, not where they were recorded."""
-    if isinstance(argument, _Pending):
-        return f"pending {id(argument)}"
-    if isinstance(argument, StageResult):
-        return argument.artifact.sha256
-    if isinstance(argument, dict):
-        return str({name: _identity(value) for name, value in sorted(argument.items())})
-    return repr(argument)
 
 
 def obstacles(recipe: Recipe) -> list[str]:

@@ -79,7 +79,8 @@ def run(
         from infra.services import start_inner_server
 
         for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end from elsewhere: as orderly as by Ctrl-C
-            signal.signal(number, signal.default_int_handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, signal.default_int_handler)
         start_inner_server()
         outcome = optimize(chosen)
         show(outcome)

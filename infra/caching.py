@@ -84,16 +84,16 @@ def source_digest(module: str) -> str:
     return digest.hexdigest()
 
 
-def _content(value: Any) -> Any:
+def content(value: Any) -> Any:
     """What of a task's argument decides the result: of artifacts, their digest, not where they lie."""
     if isinstance(value, Artifact):
         return value.sha256
     if isinstance(value, BaseModel) and isinstance(getattr(value, "artifact", None), Artifact):
         return value.artifact.sha256  # type: ignore[attr-defined]
     if isinstance(value, list | tuple):
-        return [_content(v) for v in value]
+        return [content(v) for v in value]
     if isinstance(value, dict):
-        return {k: _content(v) for k, v in value.items()}
+        return {k: content(v) for k, v in value.items()}
     return to_jsonable_python(value)
 
 
@@ -101,7 +101,7 @@ def stage_key(task_name: str, parameters: dict[str, Any], module: str, libraries
     """The digest under which the result of a stage is kept; a readable prefix says which stage."""
     key = {
         "task": task_name,
-        "inputs": {k: _content(v) for k, v in sorted(parameters.items()) if k not in NOT_KEYED},
+        "inputs": {k: content(v) for k, v in sorted(parameters.items()) if k not in NOT_KEYED},
         "source": source_digest(module),
         "libraries": versions(*libraries),
         "on": on,

@@ -16,9 +16,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, JsonValue
 from pydantic_core import to_jsonable_python
@@ -124,7 +125,25 @@ def _connect(uri: str) -> "MlflowClient":
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if uri == _database_uri(settings().home):
         prepare_database(settings().home)
-    return MlflowClient(uri)
+    return cast("MlflowClient", _Undisturbed(MlflowClient(uri)))
+
+
+class _Undisturbed:
+    """A client whose calls run in one thread of their own, so that Ctrl-C never ends one half-way.
+
+    Signals interrupt the main thread only. An interrupted write would keep its transaction open, and with it the
+    database locked for the one that records how the run ended.
+    """
+
+    def __init__(self, client: "MlflowClient") -> None:
+        self._client = client
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if not callable(value):
+            return value
+        return lambda *args, **kwargs: self._thread.submit(value, *args, **kwargs).result()
 
 
 def prepare_database(home: Path) -> str:

@@ -81,12 +81,11 @@ def compress_blocks(
         if prepare_ and steps:
             firsts = dict(next(iter(step.items())) for step in steps)
             observed = {name: make_statistic(linear.in_features) for name, linear in firsts.items()}
-            with _observed({linear: observed[name] for name, linear in firsts.items()}, until_seen=True):
-                for state in states:
-                    with suppress(_Seen):
-                        _run(block, index, state)
+            _see_inputs(block, index, states, {linear: observed[name] for name, linear in firsts.items()})
             prepare_(family.block(index), observed)
-        for step in steps if step_by_step else [linears] if linears else []:
+        for step in steps if step_by_step else [linears]:
+            if not step:
+                continue
             if step_by_step:  # they read the same input, so one of them is watched for all
                 shared = make_statistic(next(iter(step.values())).in_features)
                 statistics = dict.fromkeys(step, shared)
@@ -94,10 +93,7 @@ def compress_blocks(
             else:
                 statistics = {name: make_statistic(linear.in_features) for name, linear in step.items()}
                 watched = {linear: statistics[name] for name, linear in step.items()}
-            with _observed(watched, until_seen=True):
-                for state in states:
-                    with suppress(_Seen):
-                        _run(block, index, state)
+            _see_inputs(block, index, states, watched)
             for name, linear in step.items():
                 compress_(name, linear.weight, statistics[name])
         if index + 1 < len(blocks):
@@ -178,6 +174,14 @@ def _run(block: nn.Module, index: int, state: _Batch) -> Tensor:
     output = block(state.hidden, *args, **kwargs)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _see_inputs(block: nn.Module, index: int, states: Sequence[_Batch], statistics: dict[nn.Linear, Statistic]) -> None:
+    """Update the statistics with what layers of a block read; their block is run no further than that takes."""
+    with _observed(statistics, until_seen=True):
+        for state in states:
+            with suppress(_Seen):
+                _run(block, index, state)
 
 
 class _Seen(Exception):

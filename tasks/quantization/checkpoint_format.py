@@ -64,10 +64,11 @@ class QuantizedWeight:
 
     @property
     def offset(self) -> NDArray[np.float32]:
-        """What the integer 0 stands for, [out, groups]: -zero_point * scale, a float16 where the zero point is real."""
+        """What the integer 0 stands for where zero points are real, [out, groups]: -zero_point * scale, a float16."""
         assert self.zero_point is not None
-        offset: NDArray[np.float32] = -self.zero_point.astype(np.float32) * self.scale
-        return offset.astype(np.float16).astype(np.float32) if self.has_real_zero_point else offset
+        assert self.has_real_zero_point
+        offset: NDArray[np.float32] = -self.zero_point * self.scale
+        return offset.astype(np.float16).astype(np.float32)
 
     @property
     def size_bits(self) -> int:

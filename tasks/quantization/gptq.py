@@ -11,10 +11,10 @@ Hessian has no Cholesky factor, damping grows tenfold, at most to the mean of it
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field
 
-from tasks.quantization.ranges import Grid, fit
-from tasks.quantization.rtn import refuse_real_zero_points, round_to_nearest, stored
+from tasks.quantization.ranges import Grid, Targets, fit
+from tasks.quantization.rtn import round_to_nearest, stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,32 +23,18 @@ if TYPE_CHECKING:
     from tasks.quantization.checkpoint_format import QuantizedWeight
 
 
-class Gptq(BaseModel, frozen=True, extra="forbid"):
+class Gptq(Targets, frozen=True, extra="forbid"):
     """Round weights so that a layer's outputs on the calibration tokens change least; block by block."""
 
     method: Literal["gptq"] = "gptq"
     weights: Grid = Field(Grid(bits=4, group_size=32), description="Grid of the linear layers of every block.")
-    embeddings: Grid | None = Field(
-        Grid(),
-        description="Grid of the embedding and the LM head, rounded to nearest; tied ones share their integers. "
-        "null: float32.",
-    )
-    ignore: tuple[str, ...] = Field(
-        (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
-    )
     damping: float = Field(0.01, gt=0, le=1, description="Added to the Hessian's diagonal, in units of its mean.")
     act_order: bool = Field(True, description="Columns with the largest inputs first, while others can still give way.")
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that follow; changes no result.")
     true_sequential: bool = Field(True, description="Within a block too, see the outputs of quantized layers.")
-
     awq: bool = Field(
         False, description="Before, scale the inputs of layers so that those that matter lose less (AWQ)."
     )
-
-    @model_validator(mode="after")
-    def _tables_have_integer_zero_points(self) -> "Gptq":
-        refuse_real_zero_points(self.embeddings)
-        return self
 
     def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""

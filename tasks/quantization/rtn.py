@@ -7,9 +7,9 @@ but with the restricted range for symmetric grids and scales rounded up to float
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field
 
-from tasks.quantization.ranges import Grid, fit
+from tasks.quantization.ranges import Grid, Targets, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,32 +18,15 @@ if TYPE_CHECKING:
     from tasks.quantization.grid import Affine
 
 
-class RoundToNearest(BaseModel, frozen=True, extra="forbid"):
+class RoundToNearest(Targets, frozen=True, extra="forbid"):
     """Round every weight to the nearest value of its grid; needs no data."""
 
     method: Literal["rtn"] = "rtn"
     weights: Grid = Field(Grid(), description="Grid of the linear layers of every block.")
-    embeddings: Grid | None = Field(
-        Grid(), description="Grid of the embedding and the LM head; tied ones share their integers. null: float32."
-    )
-    ignore: tuple[str, ...] = Field(
-        (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
-    )
-
-    @model_validator(mode="after")
-    def _tables_have_integer_zero_points(self) -> "RoundToNearest":
-        refuse_real_zero_points(self.embeddings)
-        return self
 
     def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""
         return round_to_nearest(weight, grid, layer)
-
-
-def refuse_real_zero_points(embeddings: Grid | None) -> None:
-    """Raise ValueError for embeddings on a grid that engines cannot look up."""
-    if embeddings and embeddings.zero_point == "real":
-        raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
 
 
 def round_to_nearest(weight: "Tensor", options: Grid, layer: str) -> "QuantizedWeight":

@@ -154,10 +154,10 @@ def long_training(tiny_checkpoint: Path, max_steps: int) -> dict:
 
 
 def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """A run in a session of its own, as a terminal gives it, when it has trained for a few steps."""
+    """A run in a session of its own, as a terminal gives it, under nohup, when it has trained for a few steps."""
     home.mkdir()
     running = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run", str(path)],
+        ["nohup", sys.executable, "-m", "flows.cli", "run", str(path)],
         cwd=ROOT,
         env={**os.environ, "SLIMLINE_HOME": str(home)},
         stdout=subprocess.DEVNULL,
@@ -176,6 +176,9 @@ def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> 
 def test_an_interrupted_run_ends_with_one_sentence_and_leaves_nothing(tiny_checkpoint, tmp_path, how):
     path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=100_000))
     running = start_training(path, tmp_path / "home", errors=subprocess.PIPE)
+    os.killpg(running.pid, signal.SIGHUP)
+    time.sleep(1)
+    assert running.poll() is None, "nohup did not keep it"
     if how == "Ctrl-C":
         os.killpg(running.pid, signal.SIGINT)  # a terminal signals all that runs in its foreground
     elif how == "SIGTERM":

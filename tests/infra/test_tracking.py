@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,26 @@ def data_of(run_id):
 
 def files_of(run_id, directory=None):
     return {file.path for file in client().list_artifacts(run_id, directory)}
+
+
+def test_an_interrupt_ends_no_write_half_way():
+    class Slow:
+        written: list[str] = []  # noqa: RUF012  one instance
+
+        def write(self, text: str) -> None:
+            time.sleep(0.5)
+            self.written.append(text)
+
+    slow = tracking._Undisturbed(Slow())
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slow.write("first")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    slow.write("how it ended")
+    assert Slow.written == ["first", "how it ended"]
 
 
 def test_a_flow_run_keeps_its_recipe_hardware_versions_and_commit(parent):
