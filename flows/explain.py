@@ -4,7 +4,7 @@ import difflib
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 Location = tuple[int | str, ...]
 
@@ -51,6 +51,8 @@ def _step(annotation: Any, part: int | str) -> tuple[Any, bool]:
         for member in members:
             if isinstance(member, type) and issubclass(member, BaseModel) and part in _tags(member):
                 return member, True
+            if get_origin(member) is Annotated and Tag(str(part)) in get_args(member)[1:]:
+                return get_args(member)[0], True
         for member in members:
             found, tag = _step(member, part)
             if found is not None:

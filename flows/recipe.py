@@ -18,6 +18,7 @@ from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
 from tasks.pruning import PruningMethod
 from tasks.quantization import QuantizationMethod
+from tasks.quantization.mixed import possible_grids
 from tasks.validation import Limits, Quality, Speed, unmeasurable
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -112,8 +113,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
     """Why `engine` cannot compute with what `method` makes; None if it can."""
-    grids = (method.weights, method.embeddings) if method else ()
-    return next((problem for grid in grids if grid and (problem := engine.cannot_hold(grid))), None)
+    grids = possible_grids(method.weights, method.embeddings) if method else ()
+    return next((problem for grid in grids if (problem := engine.cannot_hold(grid))), None)
 
 
 class RecipeError(ValueError):

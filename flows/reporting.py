@@ -21,7 +21,8 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import QuantizationMethod
+from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization.mixed import Mixed
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
@@ -124,11 +125,16 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.recovery:
         steps.append("recovered")
     if candidate.quantization:
-        grid = candidate.quantization.weights
-        granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
-        kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
-        steps.append(f"W{grid.bits} {granularity}, {kind}{_method_words(candidate.quantization)}")
+        steps.append(f"{_grid_words(candidate.quantization.weights)}{_method_words(candidate.quantization)}")
     return "; ".join(steps) or "unchanged"
+
+
+def _grid_words(weights: Grid | Mixed) -> str:
+    if isinstance(weights, Mixed):
+        return f"mixed precision, {weights.budget}"
+    granularity = f"groups of {weights.group_size}" if weights.group_size else "per channel"
+    kind = "symmetric" if weights.symmetric else f"asymmetric, {weights.zero_point} zero points"
+    return f"W{weights.bits} {granularity}, {kind}"
 
 
 def _method_words(method: QuantizationMethod) -> str:

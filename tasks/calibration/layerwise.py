@@ -210,3 +210,31 @@ def _observed(statistics: dict[nn.Linear, Statistic], *, until_seen: bool = Fals
     finally:
         for handle in handles:
             handle.remove()
+
+
+class RestOfModel:
+    """What a model makes of tokens from one block on; what lies before it is computed once."""
+
+    def __init__(self, model: "PreTrainedModel", family: Architecture, input_ids: Tensor) -> None:
+        """Stand before the first block with `input_ids` [batch, seq] int64, no padding."""
+        self._model, self._family = model, family
+        self._blocks: nn.ModuleList = model.get_submodule(family.blocks)
+        self._index = 0
+        with torch.no_grad():
+            (self._state,) = _enter_blocks(model, self._blocks, [input_ids])
+
+    def advance(self) -> None:
+        """Go past the next block, as it is now."""
+        with torch.no_grad():
+            self._state.hidden = _run(self._blocks[self._index], self._index, self._state)
+        self._index += 1
+
+    def log_probabilities(self) -> Tensor:
+        """[batch, seq, vocab] float32 of the next token."""
+        hidden = self._state.hidden
+        with torch.no_grad():
+            for index in range(self._index, len(self._blocks)):
+                hidden = _run(self._blocks[index], index, _Batch(hidden, self._state.arguments))
+            hidden = self._model.get_submodule(self._family.final_norm)(hidden)
+            logits: Tensor = self._model.get_submodule(self._family.lm_head)(hidden)
+            return logits.float().log_softmax(dim=-1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 
+from tasks.quantization.mixed import Weights
 from tasks.quantization.ranges import Grid, Targets, fit
 from tasks.quantization.rtn import round_to_nearest, stored
 
@@ -27,7 +28,10 @@ class Gptq(Targets, frozen=True, extra="forbid"):
     """Round weights so that a layer's outputs on the calibration tokens change least; block by block."""
 
     method: Literal["gptq"] = "gptq"
-    weights: Grid = Field(Grid(bits=4, group_size=32), description="Grid of the linear layers of every block.")
+    weights: Weights = Field(
+        Grid(bits=4, group_size=32),
+        description="Grid of the linear layers of every block, or `choices` of grids and a budget.",
+    )
     damping: float = Field(0.01, gt=0, le=1, description="Added to the Hessian's diagonal, in units of its mean.")
     act_order: bool = Field(True, description="Columns with the largest inputs first, while others can still give way.")
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that follow; changes no result.")

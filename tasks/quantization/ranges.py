@@ -30,6 +30,9 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     group_size: int | None = Field(
         None, ge=8, description="Consecutive inputs that share a scale; null: one scale per row (per channel)."
     )
+    per_tensor: bool = Field(
+        False, description="One scale for the whole weight; coarse, and seldom better for an engine than one per row."
+    )
     zero_point: Literal["integer", "real"] = Field(
         "integer",
         description="Of asymmetric grids. integer: ONNX's form, zero stays zero. real: the grid begins at the smallest "
@@ -39,6 +42,12 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
         "min-max",
         description="Which weights the grid covers: all, or as many as give the smallest error, outliers saturating.",
     )
+
+    @model_validator(mode="after")
+    def _one_granularity(self) -> "Grid":
+        if self.per_tensor and self.group_size:
+            raise ValueError(f"`per_tensor` leaves no groups; drop it, or `group_size` ({self.group_size}).")
+        return self
 
     @model_validator(mode="after")
     def _only_asymmetric_grids_have_zero_points(self) -> "Grid":
@@ -76,7 +85,7 @@ def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None"
         importance: [in_features] float32, mean squares of the inputs, which weigh errors in the search of `mse`.
 
     Returns:
-        [out_features, groups] scales and zero points.
+        [out_features, groups] scales and zero points; of one value where the grid is per tensor.
 
     Raises:
         ValueError: the weight is not finite, or the group size does not divide its width.
@@ -85,6 +94,10 @@ def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None"
 
     from tasks.quantization import grid
 
+    if options.per_tensor:
+        every = None if importance is None else importance.repeat(len(weight))
+        one = fit(weight.reshape(1, -1), options.model_copy(update={"per_tensor": False}), layer, every)
+        return one.each(lambda part: part.expand(len(weight), 1).contiguous())
     groups = grid.in_groups(weight, options.group_size, layer)
     minimum, maximum = groups.aminmax(dim=2)
     if not (minimum.isfinite().all() and maximum.isfinite().all()):

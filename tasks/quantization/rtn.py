@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from tasks.quantization.mixed import Weights
 from tasks.quantization.ranges import Grid, Targets, fit
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ class RoundToNearest(Targets, frozen=True, extra="forbid"):
     """Round every weight to the nearest value of its grid; needs no data."""
 
     method: Literal["rtn"] = "rtn"
-    weights: Grid = Field(Grid(), description="Grid of the linear layers of every block.")
+    weights: Weights = Field(
+        Grid(), description="Grid of the linear layers of every block, or `choices` of grids and a budget."
+    )
 
     def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""

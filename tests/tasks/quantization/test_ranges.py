@@ -78,3 +78,20 @@ def test_constant_groups_have_a_grid():
     for symmetric in (True, False):
         grid = Grid(bits=4, symmetric=symmetric, range="mse")
         np.testing.assert_allclose(round_to_nearest(weight, grid, "layer").dequantize(), weight.numpy(), rtol=2**-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 4, "range": "mse"}])
+def test_one_scale_per_tensor_is_that_of_the_weight_as_one_row(options):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 16)
+    whole = fit(weight, Grid(**options, per_tensor=True), "layer")
+    row = fit(weight.reshape(1, -1), Grid(**options), "layer")
+    assert whole.scale.shape == (6, 1)
+    assert (whole.scale == row.scale).all()
+    if whole.zero_point is not None:
+        assert (whole.zero_point == row.zero_point).all()
+
+
+def test_groups_of_a_whole_tensor_are_refused():
+    with pytest.raises(ValueError, match=r"drop it, or `group_size` \(32\)"):
+        Grid(per_tensor=True, group_size=32)

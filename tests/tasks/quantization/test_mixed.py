@@ -1,0 +1,128 @@
+import itertools
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from tasks.quantization import Gptq, Grid, RoundToNearest
+from tasks.quantization.mixed import Mixed, Score, allocate, counts, possible_grids, size_bits
+from tasks.quantization.rtn import round_to_nearest
+
+INT3, INT4, INT8 = Grid(bits=3, group_size=16), Grid(bits=4, group_size=16), Grid()
+
+
+def score(name, grid, kl, num_weights=1024):
+    size = size_bits(grid, (num_weights // 32, 32))
+    return Score(layers=(name,), num_weights=num_weights, kind="linear", grid=grid, size_bits=size, kl=kl)
+
+
+def random_scores(num_parts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for part in range(num_parts):
+        kl = sorted(torch.rand(3, generator=generator).tolist(), reverse=True)
+        num_weights = 32 * int(torch.randint(1, 20, (), generator=generator))
+        found += [score(f"p{part}", grid, k, num_weights) for grid, k in zip((INT3, INT4, INT8), kl, strict=True)]
+    return found
+
+
+def every_choice(scores):
+    parts = [list(group) for _, group in itertools.groupby(scores, key=lambda score: score.layers)]
+    return itertools.product(*parts)
+
+
+def bits(choice):
+    return sum(s.size_bits for s in choice) / sum(s.num_weights for s in choice)
+
+
+def test_the_part_that_minds_most_gets_the_bits():
+    scores = [score(n, g, k) for n, a, b in (("calm", 0.1, 0.01), ("shy", 0.9, 0.02)) for g, k in ((INT4, a), (INT8, b))]
+    found = allocate(scores, Mixed(choices=(INT4, INT8), bits_per_weight=7))
+    assert found.grids == {"calm": INT4, "shy": INT8}
+    assert found.predicted_kl == pytest.approx(0.12)
+    assert found.bits_per_weight == pytest.approx((5 + 8.5) / 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [4.2, 5.0, 7.3])
+def test_no_choice_within_the_budget_diverges_less(seed, budget):
+    scores = random_scores(6, seed)
+    found = allocate(scores, Mixed(choices=(INT3, INT4, INT8), bits_per_weight=budget))
+    best = min(sum(s.kl for s in choice) for choice in every_choice(scores) if bits(choice) <= budget)
+    assert found.bits_per_weight <= budget + 1e-9
+    assert found.predicted_kl == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_choice_within_the_divergence_is_smaller(seed):
+    scores = random_scores(6, seed)
+    found = allocate(scores, Mixed(choices=(INT3, INT4, INT8), max_kl=3))
+    smallest = min(bits(choice) for choice in every_choice(scores) if sum(s.kl for s in choice) <= 3)
+    assert found.predicted_kl <= 3 + 1e-9
+    assert found.bits_per_weight == pytest.approx(smallest, rel=1e-3)
+
+
+def test_a_size_budget_is_the_same_as_its_bits():
+    scores = random_scores(6, 0)
+    by_bits = allocate(scores, Mixed(choices=(INT3, INT4, INT8), bits_per_weight=5))
+    again = allocate(scores, Mixed(choices=(INT3, INT4, INT8), size_mib=by_bits.size_mib * (1 + 1e-9)))
+    assert again.predicted_kl == pytest.approx(by_bits.predicted_kl)
+
+
+def test_a_budget_below_the_smallest_choice_is_refused_with_both():
+    with pytest.raises(ValueError, match=r"comes to 4 bits per weight .* the budget is 3\.5 "):
+        allocate(random_scores(3, 0), Mixed(choices=(INT3, INT4), bits_per_weight=3.5))
+
+
+def test_a_divergence_that_no_choice_reaches_is_refused():
+    with pytest.raises(ValueError, match=r"max_kl is 0\.001 nats; the best of the choices already comes to 0\."):
+        allocate(random_scores(3, 0), Mixed(choices=(INT3, INT4), max_kl=0.001))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        INT8,
+        INT3,
+        Grid(bits=4, group_size=16, symmetric=False),
+        Grid(bits=4, group_size=16, symmetric=False, zero_point="real"),
+    ],
+)
+def test_sizes_are_those_of_the_quantized_weight(grid):
+    weight = torch.randn(8, 48)
+    assert size_bits(grid, (8, 48)) == round_to_nearest(weight, grid, "layer").size_bits
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"choices": [{}, {"bits": 4}]}, "exactly one of bits_per_weight, size_mib and max_kl; got none"),
+        ({"choices": [{}, {"bits": 4}], "bits_per_weight": 5, "max_kl": 1}, "got bits_per_weight and max_kl"),
+        ({"choices": [{}, {}], "bits_per_weight": 5}, "one is listed twice"),
+        ({"choices": [{}], "bits_per_weight": 5}, "at least two choices"),
+        (
+            {
+                "choices": [{}, {"bits": 4}],
+                "embedding_choices": [{"symmetric": False, "zero_point": "real"}],
+                "bits_per_weight": 5,
+            },
+            "must be integer",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, problem):
+    with pytest.raises(ValidationError, match=problem):
+        Mixed.model_validate(options)
+
+
+def test_weights_are_one_grid_or_a_choice():
+    one = RoundToNearest.model_validate({"weights": {"bits": 4}})
+    mixed = Gptq.model_validate({"weights": {"choices": [{"bits": 4}, {"bits": 8}], "bits_per_weight": 5}})
+    assert one.weights == Grid(bits=4)
+    assert possible_grids(one.weights, None) == (Grid(bits=4),)
+    assert possible_grids(mixed.weights, mixed.embeddings) == (Grid(bits=4), Grid(), Grid())
+    assert Gptq.model_validate(mixed.model_dump(mode="json")) == mixed
+
+
+def test_grids_are_counted_for_people():
+    assert counts({"a": INT8, "b": INT4, "c": INT4}) == "2 of 4 bits in groups of 16, 1 of 8 bits"

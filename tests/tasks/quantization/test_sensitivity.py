@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from tasks.calibration.checkpoints import load_model
+from tasks.quantization import Grid
+from tasks.quantization.rtn import round_to_nearest
+from tasks.quantization.sensitivity import measure_sensitivity, read_scores
+
+CHOICES = (Grid(bits=2, group_size=16), Grid(bits=4, group_size=16), Grid())
+TOKENS = np.random.default_rng(0).integers(0, 512, (4, 32)).astype(np.int32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    out = tmp_path / "data"
+    out.mkdir()
+    np.save(out / "calibration.npy", TOKENS)
+    return out
+
+
+def measured(checkpoint, data, tmp_path, **options):
+    arguments = {"choices": CHOICES, "embedding_choices": (), "ignore": ()} | options
+    summary = measure_sensitivity(checkpoint=checkpoint, data=data, out=tmp_path, **arguments)
+    return summary, read_scores(tmp_path)
+
+
+def divergence(checkpoint, layers, grid):
+    """The definition: the whole model run twice."""
+    model = load_model(checkpoint)
+    ids = torch.from_numpy(TOKENS.astype(np.int64))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.log_softmax(-1)
+        for layer in layers:
+            weight = model.get_submodule(layer).weight
+            weight.copy_(torch.from_numpy(round_to_nearest(weight.clone(), grid, layer).dequantize()))
+        after = model(input_ids=ids).logits.log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def test_every_part_is_measured_as_if_the_whole_model_were_run(tiny_checkpoint, data, tmp_path):
+    summary, scores = measured(tiny_checkpoint, data, tmp_path, embedding_choices=CHOICES[1:])
+    assert summary.num_parts == 4 * 4 + 1
+    assert len(scores) == 16 * 3 + 2
+    for score in scores[::7]:
+        assert score.kl == pytest.approx(divergence(tiny_checkpoint, score.layers, score.grid), rel=1e-3, abs=1e-6)
+
+
+def test_fewer_bits_diverge_more(tiny_checkpoint, data, tmp_path):
+    summary, scores = measured(tiny_checkpoint, data, tmp_path)
+    totals = [sum(score.kl for score in scores if score.grid == grid) for grid in CHOICES]
+    assert totals == sorted(totals, reverse=True)
+    assert summary.total_kl_coarsest == pytest.approx(totals[0])
+    assert summary.total_kl_finest == pytest.approx(totals[-1])
+
+
+def test_ignored_layers_are_no_part(tiny_checkpoint, data, tmp_path):
+    ignore = ("model.layers.0.*", "*.k_proj", "model.embed_tokens")
+    summary, scores = measured(tiny_checkpoint, data, tmp_path, ignore=ignore, embedding_choices=(Grid(),))
+    assert summary.num_parts == 3 * 4
+    assert not any(layer.endswith("k_proj") for score in scores for layer in score.layers)
+
+
+def test_nothing_left_is_refused(tiny_checkpoint, data, tmp_path):
+    with pytest.raises(ValueError, match=r"`ignore` \(model\.layers\.\*\) leaves none"):
+        measured(tiny_checkpoint, data, tmp_path, ignore=("model.layers.*",))
