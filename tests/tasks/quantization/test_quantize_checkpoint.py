@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.calibration.checkpoints import load_model
+from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.quantization import Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
-from tasks.quantization.checkpoint_format import QuantizedWeight, Tensors, TensorWriter, read_weights
+from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
 
 INT8 = Grid()
 INT4 = Grid(bits=4, group_size=32)
