@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.calibration.architectures import Architecture
+from tasks.calibration.memory import trim
 from tasks.calibration.tensor_files import Tensors, move_whole
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Streamed:
             yield
         finally:
             module.to("meta")
+            trim()
 
     def keep(self, index: int, hidden: Iterable[Tensor]) -> None:
         """Write them to a file, which is there only when it is whole; the file that is read meanwhile stays."""

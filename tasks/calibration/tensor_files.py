@@ -12,8 +12,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = {"int64": "I64", "float32": "F32", "int32": "I32", "float16": "F16", "int8": "I8", "uint8": "U8"}
-"""numpy's names and those of safetensors, in the order in which its library puts tensors into a file."""
+DTYPES = {
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "I8",
+    "uint8": "U8",
+}
+"""torch's and numpy's names and those of safetensors, in the order in which its library puts tensors into a file."""
 _COPY_BYTES = 16 << 20
 
 
@@ -59,9 +68,22 @@ class Tensors:
 
     def copy(self, name: str) -> "Tensor":
         """The tensor as float32 in memory of its own; nothing stays mapped."""
-        with _open(self._place[name][1]) as file:
-            copied: Tensor = file.get_tensor(name).clone()
-        return copied.float()
+        import torch
+
+        file = self._place[name][1]
+        header, begin = _header(file)
+        start, end = header[name]["data_offsets"]
+        ours = {theirs: ours for ours, theirs in DTYPES.items()}.get(header[name]["dtype"])
+        if ours is None:
+            raise ValueError(
+                f"Tensors must be of {', '.join(DTYPES)}; {name} in {file} is {header[name]['dtype']}. "
+                "Convert the checkpoint to float32."
+            )
+        read = torch.empty(end - start, dtype=torch.uint8)
+        with file.open("rb") as stream:
+            stream.seek(begin + start)
+            stream.readinto(read.numpy())
+        return read.view(getattr(torch, ours)).reshape(header[name]["shape"]).float()
 
     def rows(self, name: str, index: "Tensor") -> "Tensor":
         """[*index.shape, columns] float32, rows of a table [rows, columns]; the others are not read."""
@@ -77,10 +99,17 @@ def _open(file: Path) -> Any:
     return safe_open(file, framework="pt")
 
 
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their data begins."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return json.loads(stream.read(length)), 8 + length
+
+
 def metadata(file: Path) -> dict[str, str]:
     """What a safetensors file says about itself."""
-    with _open(file) as opened:
-        return dict(opened.metadata() or {})
+    found: dict[str, str] = _header(file)[0].get("__metadata__", {})
+    return found
 
 
 def save_whole(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
@@ -157,13 +186,11 @@ class TensorWriter:
 
     def add_file(self, file: Path) -> None:
         """Take over the tensors of a safetensors file, which must stay where it is until the context ends."""
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+        header, begin = _header(file)
         for name, tensor in header.items():
             if name != "__metadata__":
                 start, end = tensor["data_offsets"]
-                place = (file, 8 + length + start, end - start)
+                place = (file, begin + start, end - start)
                 self._place(_Stored(name, tensor["dtype"], tuple(tensor["shape"]), *place))
 
     def _place(self, tensor: _Stored) -> None:

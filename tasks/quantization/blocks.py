@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from tasks.calibration.architectures import Architecture
 from tasks.calibration.checkpoints import empty_model
+from tasks.calibration.memory import trim
 from tasks.calibration.progress import Report
 from tasks.calibration.tensor_files import Tensors, metadata, save_whole
 from tasks.calibration.tokens import calibration_batches
@@ -127,6 +128,7 @@ class _Block:
 
         from tasks.quantization.gptq import output_error
 
+        trim()  # what the forward passes have left
         before = weight.detach().clone()
         found = self._method.quantize_for(before, self._grids[module], module, inputs)
         weight.copy_(torch.from_numpy(found.weight.dequantize()))

@@ -8,12 +8,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
+from tasks.quantization.rtn import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ROWS_PER_SUM = 2048
-"""Rows measured at once, so that an embedding's figures need no more memory than a layer's."""
 
 
 class QuantizedLayer(BaseModel, frozen=True):
@@ -79,8 +77,8 @@ def measure(
     """
     dequantized = weight.dequantize()
     error_squared = norm_squared = max_error = 0.0
-    for start in range(0, len(values), ROWS_PER_SUM):
-        rows = slice(start, start + ROWS_PER_SUM)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         error = values[rows] - dequantized[rows]
         error_squared += float(np.square(error, dtype=np.float64).sum())
         norm_squared += float(np.square(values[rows], dtype=np.float64).sum())
