@@ -320,24 +320,25 @@ class RestOfModel:
 
     def __init__(self, model: "PreTrainedModel", family: Architecture, input_ids: Tensor) -> None:
         """Stand before the first block with `input_ids` [batch, seq] int64, no padding."""
-        self._model, self._family = model, family
-        self._blocks: nn.ModuleList = model.get_submodule(family.blocks)
-        self._index = 0
+        blocks: nn.ModuleList = model.get_submodule(family.blocks)
+        arguments: Arguments = {}
+        residence = InMemory(model)
         with torch.no_grad():
-            (self._state,) = _enter_blocks(model, self._blocks, [input_ids])
+            (self._hidden,) = _enter_blocks(model, blocks, [input_ids], residence, arguments)
+        self._ahead = [_Block(block, index, arguments, residence) for index, block in enumerate(blocks)]
+        self._norm = model.get_submodule(family.final_norm)
+        self._head = model.get_submodule(family.lm_head)
 
     def advance(self) -> None:
         """Go past the next block, as it is now."""
         with torch.no_grad():
-            self._state.hidden = _run(self._blocks[self._index], self._index, self._state)
-        self._index += 1
+            self._hidden = self._ahead.pop(0).run(self._hidden)
 
     def log_probabilities(self, every: int = 1) -> Tensor:
         """[batch, positions, vocab] float32 of the next token, at each `every`th position up to the last."""
-        hidden = self._state.hidden
+        hidden = self._hidden
         with torch.no_grad():
-            for index in range(self._index, len(self._blocks)):
-                hidden = _run(self._blocks[index], index, _Batch(hidden, self._state.arguments))
-            hidden = self._model.get_submodule(self._family.final_norm)(hidden[:, every - 1 :: every])
-            logits: Tensor = self._model.get_submodule(self._family.lm_head)(hidden)
+            for block in self._ahead:
+                hidden = block.run(hidden)
+            logits: Tensor = self._head(self._norm(hidden[:, every - 1 :: every]))
             return logits.float().log_softmax(dim=-1)

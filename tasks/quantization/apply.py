@@ -23,9 +23,15 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     tied_tensors,
 )
-from tasks.quantization.summary import Measured, QuantizationSummary, measure, refuse_not_finite, summarize
+from tasks.quantization.mixed import Mixed, Score, allocate
+from tasks.quantization.sensitivity import measure_divergence, read_scores
+from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, refuse_not_finite, summarize
 
 logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5
+CAUTION = 0.9
+"""Of what a failed attempt suggests: the next one should not fail by a hair."""
 
 
 def quantize_checkpoint(
@@ -34,6 +40,7 @@ def quantize_checkpoint(
     data: Path,
     method: QuantizationMethod,
     out: Path,
+    scores: Path | None = None,
     work_dir: Path | None = None,
     report: Report = silent,
 ) -> QuantizationSummary:
@@ -45,6 +52,7 @@ def quantize_checkpoint(
         method: how.
         out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
             quantized is float32.
+        scores: what `measure_sensitivity` wrote for this checkpoint, where `method` leaves the choice of grids to it.
         work_dir: keeps finished blocks; a second call with the same arguments goes on after the last one and, on the
             same machine, ends with the very same bits. Round to nearest, a matter of seconds, begins again. None:
             nothing is kept.
@@ -53,8 +61,62 @@ def quantize_checkpoint(
     Raises:
         ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
             divide a layer; an `ignore` pattern matches no layer, or everything is ignored; there are no calibration
-            tokens; `work_dir` belongs to other arguments.
+            tokens; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
+    if not isinstance(method.weights, Mixed):
+        return _quantize(checkpoint, data, method, {}, out, work_dir, report)
+    assert scores is not None  # the flow measures them first
+    measured = read_scores(scores)
+    if method.weights.max_kl is None:
+        allocation = allocate(measured, method.weights)
+        summary = _quantize(checkpoint, data, method, allocation.grids, out, work_dir, report)
+        return summary.model_copy(update={"mixed": describe(allocation)})
+    return _within_divergence(checkpoint, data, method, measured, method.weights.max_kl, out, work_dir, report)
+
+
+def _within_divergence(
+    checkpoint: Path,
+    data: Path,
+    method: QuantizationMethod,
+    scores: list[Score],
+    max_kl: float,
+    out: Path,
+    work_dir: Path | None,
+    report: Report,
+) -> QuantizationSummary:
+    """The smallest of the tried models whose divergence, measured as a whole, is at most `max_kl`.
+
+    Parts' divergences add up only roughly; where the sum promised too much, the next try is held to less.
+    """
+    assert isinstance(method.weights, Mixed)
+    aim, kl = max_kl, math.inf
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        allocation = allocate(scores, method.weights, max_kl=aim)
+        kept = work_dir / f"attempt-{attempt}" if work_dir else None
+        summary = _quantize(checkpoint, data, method, allocation.grids, out, kept, report)
+        kl = measure_divergence(checkpoint, out, data)
+        logger.info("attempt %d: %.4g bits, KL %.4g nats", attempt, allocation.bits_per_weight, kl)
+        if kl <= max_kl:
+            return summary.model_copy(update={"mixed": describe(allocation, measured_kl=kl, num_attempts=attempt)})
+        aim *= CAUTION * max_kl / kl
+        for file in out.iterdir():
+            file.unlink()
+    raise ValueError(
+        f"max_kl is {max_kl:g} nats; after {MAX_ATTEMPTS} attempts the model still diverges by {kl:.4g}. "
+        "Offer choices with more bits, or raise max_kl."
+    )
+
+
+def _quantize(
+    checkpoint: Path,
+    data: Path,
+    method: QuantizationMethod,
+    chosen: dict[str, Grid],
+    out: Path,
+    work_dir: Path | None,
+    report: Report,
+) -> QuantizationSummary:
+    """See `quantize_checkpoint`; `chosen` are the grids of the layers that mixed precision chose for."""
     config = json.loads((checkpoint / "config.json").read_text())
     if config.get("quantization_config"):
         raise ValueError(
@@ -70,7 +132,7 @@ def quantize_checkpoint(
         config["tie_word_embeddings"] = tied
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
-        grids = _grids(method, family, num_layers, tied)
+        grids = _grids(method, chosen, family, num_layers, tied)
         if method.method == "gptq":
             calibrated = {name: grid for name in family.all_linears(num_layers) if (grid := grids[name])}
             walk = quantize_blocks(checkpoint, tensors, data, family, method, calibrated, work, report)
@@ -132,11 +194,14 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
+def _grids(
+    method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
+) -> dict[str, Grid | None]:
     """The grid of every layer that could be quantized; None where it is left alone."""
-    modules: dict[str, Grid | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
-    modules[family.embedding] = method.embeddings
-    modules[family.lm_head] = method.embeddings
+    every = method.weights if isinstance(method.weights, Grid) else None
+    modules: dict[str, Grid | None] = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
+    modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
+    modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
     for module in matching(list(modules), method.ignore):
         modules[module] = None
     if tied:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
+from tasks.quantization.mixed import Allocation, counts
 from tasks.quantization.rtn import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ class QuantizedLayer(BaseModel, frozen=True):
     note: str  # what the method had to do; empty: nothing unusual
 
 
+class Choice(BaseModel, frozen=True):
+    """What mixed precision has chosen."""
+
+    layers: str  # how many on which grid
+    bits_per_weight: float  # of all weights it chose for
+    predicted_kl: float  # nats per token; the sum over the parts, each rounded to nearest alone
+    measured_kl: float | None  # of the whole model on the same tokens, where the budget was one of divergence
+    num_attempts: int
+
+
 class QuantizationSummary(BaseModel, frozen=True):
     """What quantization made of a checkpoint."""
 
@@ -43,6 +54,7 @@ class QuantizationSummary(BaseModel, frozen=True):
     worst_layer: str  # the one with the largest relative error
     worst_relative_error: float
     resumed_from_block: int | None  # the first that this run computed, going on after an interruption
+    mixed: Choice | None = None
     layers: list[QuantizedLayer]
     left_float: list[str]  # layers that could have been quantized and were not
     notes: list[str]
@@ -128,6 +140,17 @@ def summarize(
         layers=layers,
         left_float=left_float,
         notes=[*notes, *(f"{layer.name}: {layer.note}" for layer in layers if layer.note)],
+    )
+
+
+def describe(allocation: Allocation, *, measured_kl: float | None = None, num_attempts: int = 1) -> Choice:
+    """What was chosen, for the summary."""
+    return Choice(
+        layers=counts(allocation.grids),
+        bits_per_weight=allocation.bits_per_weight,
+        predicted_kl=allocation.predicted_kl,
+        measured_kl=measured_kl,
+        num_attempts=num_attempts,
     )
 
 
