@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer
@@ -23,7 +24,10 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     tied_tensors,
 )
-from tasks.quantization.summary import Measured, QuantizationSummary, measure, refuse_not_finite, summarize
+from tasks.quantization.summary import Measured, QuantizationSummary, measure, summarize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +89,7 @@ def quantize_checkpoint(
             values = tensors.copy(name)
             grid = grids.get(module) if name.endswith(".weight") else None
             if grid is None:
-                refuse_not_finite(values, name)
+                _refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
@@ -149,3 +153,11 @@ def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, ti
     if not any(modules.values()):
         raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(method.ignore)}) leaves none.")
     return modules
+
+
+def _refuse_not_finite(values: "Tensor", name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )
