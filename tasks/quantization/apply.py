@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer
@@ -25,7 +26,10 @@ from tasks.quantization.checkpoint_format import (
 )
 from tasks.quantization.mixed import Mixed, Score, allocate
 from tasks.quantization.sensitivity import measure_divergence, read_scores
-from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, refuse_not_finite, summarize
+from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +151,7 @@ def _quantize(
             values = tensors.copy(name)
             grid = grids.get(module) if name.endswith(".weight") else None
             if grid is None:
-                refuse_not_finite(values, name)
+                _refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
@@ -214,3 +218,11 @@ def _grids(
     if not any(modules.values()):
         raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(method.ignore)}) leaves none.")
     return modules
+
+
+def _refuse_not_finite(values: "Tensor", name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )

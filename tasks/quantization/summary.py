@@ -1,7 +1,6 @@
 """What quantization made of a checkpoint, layer by layer and as a whole."""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +9,6 @@ from pydantic import BaseModel
 from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
 from tasks.quantization.mixed import Allocation, counts
 from tasks.quantization.rtn import ROWS_AT_ONCE
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class QuantizedLayer(BaseModel, frozen=True):
@@ -152,12 +148,3 @@ def describe(allocation: Allocation, *, measured_kl: float | None = None, num_at
         measured_kl=measured_kl,
         num_attempts=num_attempts,
     )
-
-
-def refuse_not_finite(values: "Tensor", name: str) -> None:
-    """Raise ValueError if a weight holds NaN or infinite values."""
-    if not values.isfinite().all():
-        raise ValueError(
-            f"Weights must be finite; {name} holds NaN or infinite values. "
-            "The checkpoint is damaged or its training diverged: use another."
-        )
