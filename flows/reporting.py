@@ -21,7 +21,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import QuantizationMethod
+from tasks.quantization import Float8, QuantizationMethod
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
@@ -124,11 +124,22 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.recovery:
         steps.append("recovered")
     if candidate.quantization:
-        grid = candidate.quantization.weights
+        steps.append(_quantization_words(candidate.quantization))
+    return "; ".join(steps) or "unchanged"
+
+
+def _quantization_words(method: QuantizationMethod) -> str:
+    grid, options = method.weights, method.activations
+    if isinstance(grid, Float8):
+        words = "W8 FP8 per channel"
+    else:
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
         kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
-        steps.append(f"W{grid.bits} {granularity}, {kind}{_method_words(candidate.quantization)}")
-    return "; ".join(steps) or "unchanged"
+        words = f"W{grid.bits} {granularity}, {kind}{_method_words(method)}"
+    if options:
+        words += f", A8 static ({options.range or 'min-max'})" if options.static else ", A8 per token"
+        words += f", SmoothQuant {options.smooth:g}" if options.smooth else ""
+    return words + (f", KV cache {method.kv_cache}" if method.kv_cache else "")
 
 
 def _method_words(method: QuantizationMethod) -> str:

@@ -5,8 +5,10 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer, load_model
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import calibration_batches
-from tasks.quantization import Gptq, Grid, QuantizationMethod
+from tasks.quantization import Float8, Gptq, Grid, QuantizationMethod
+from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import (
     QuantizedWeight,
     Scheme,
@@ -29,6 +32,8 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     tied_tensors,
 )
+from tasks.quantization.input_scales import Calibrated, add_scales, check_length, kinds_of_inputs, write_config
+from tasks.quantization.smoothquant import smoothed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +57,9 @@ class QuantizedLayer(BaseModel, frozen=True):
     sqnr_db: float | None  # 20 log10(||W|| / ||W - W'||); None where nothing was lost
     output_error: float | None  # ||(W - W') X|| / ||W X|| on the calibration tokens; None: a method that reads none
     note: str  # what the method had to do; empty: nothing unusual
+    inputs: Literal["float", "static", "per token"] = "float"  # how the layer's inputs are rounded
+    input_range: tuple[float, float] | None = None  # of static ones: what was covered
+    input_relative_error: float | None = None  # of static ones: ||x - x'|| / ||x|| on the calibration tokens
 
 
 class QuantizationSummary(BaseModel, frozen=True):
@@ -94,10 +102,17 @@ def quantize_checkpoint(
             f"Quantization needs a float checkpoint; {checkpoint} is quantized already. Start from the float model."
         )
     family = architecture(config["model_type"])
-    with Tensors(checkpoint) as tensors, TensorWriter(out) as writer:
+    linears = family.all_linears(int(config[family.num_layers_option]))
+    batches = _activation_batches(method, data, int(config["vocab_size"]))
+    with (
+        _smooth(checkpoint, method, family, linears, batches, out, report) as source,
+        Tensors(source) as tensors,
+        TensorWriter(out) as writer,
+    ):
         tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
         config["tie_word_embeddings"] = tied
         grids = _grids(method, family, int(config[family.num_layers_option]), tied)
+        kinds = kinds_of_inputs(method.activations, [module for module in linears if grids[module]])
         schemes: dict[str, Scheme] = {}
         layers: list[QuantizedLayer] = []
         error_squared = norm_squared = 0.0
@@ -110,10 +125,11 @@ def quantize_checkpoint(
             layers.append(layer)
             error_squared += error
             norm_squared += norm
-            if module in (family.embedding, family.lm_head):
+            weight = replace(weight, inputs=kinds.get(module))
+            if weight.inputs or weight.format != "int8" or module in (family.embedding, family.lm_head):
                 schemes[module] = plain_scheme(weight)
                 writer.add(plain_tensors(module, weight))
-                if tied:
+                if tied and module == family.embedding:
                     schemes[family.lm_head] = schemes[module]
                     writer.add(tied_tensors(family.lm_head, weight))
             else:
@@ -122,9 +138,10 @@ def quantize_checkpoint(
 
         changed: dict[str, Tensor] = {}
         if method.method == "gptq":
-            linears = set(family.all_linears(int(config[family.num_layers_option])))
-            calibrated = {module: grid for module, grid in grids.items() if grid and module in linears}
-            changed = _quantize_blocks(checkpoint, data, family, method, calibrated, add, report)
+            calibrated = {
+                module: grid for module, grid in grids.items() if isinstance(grid, Grid) and module in linears
+            }
+            changed = _quantize_blocks(source, data, family, method, calibrated, add, report)
         for step, name in enumerate(names, start=1):
             module = name.removesuffix(".weight")
             num_parameters += math.prod(tensors.shape(name))
@@ -143,9 +160,17 @@ def quantize_checkpoint(
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)
     tied_float = [family.lm_head] if tied and family.lm_head not in schemes else []
-    config["quantization_config"] = quantization_config(schemes, left_float + tied_float)
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(checkpoint, out)
+    size_bytes = writer.size_bytes
+    if batches:
+        without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
+        config["quantization_config"] = quantization_config(without, left_float + tied_float)
+        write_config(out, config)
+        found, added = add_scales(out, family, method.activations, kinds, method.kv_cache, batches, report)
+        size_bytes += added
+        layers = [_with_inputs(layer, kinds.get(layer.name), found.get(layer.name)) for layer in layers]
+    config["quantization_config"] = quantization_config(schemes, left_float + tied_float, method.kv_cache)
+    write_config(out, config)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
     num_quantized = sum(layer.num_weights for layer in layers)
@@ -156,9 +181,9 @@ def quantize_checkpoint(
         num_parameters=num_parameters,
         num_quantized=num_quantized,
         bits_per_weight=sum(layer.bits_per_weight * layer.num_weights for layer in layers) / num_quantized,
-        bits_per_parameter=writer.size_bytes * 8 / num_parameters,
+        bits_per_parameter=size_bytes * 8 / num_parameters,
         size_bytes_before=num_parameters * 4,
-        size_bytes=writer.size_bytes,
+        size_bytes=size_bytes,
         relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
         worst_layer=worst.name,
         worst_relative_error=worst.relative_error,
@@ -166,6 +191,40 @@ def quantize_checkpoint(
         left_float=left_float,
         notes=[f"{layer.name}: {layer.note}" for layer in layers if layer.note],
     )
+
+
+def _activation_batches(method: QuantizationMethod, data: Path, vocab_size: int) -> "tuple[Tensor, ...]":
+    """The calibration tokens that activations need; none where they need none."""
+    options = method.activations
+    if not (method.kv_cache or (options and (options.static or options.smooth))):
+        return ()
+    batches = calibration_batches(data, vocab_size, BATCH_SIZE)
+    check_length(batches)
+    return batches
+
+
+def _smooth(
+    checkpoint: Path,
+    method: QuantizationMethod,
+    family: Architecture,
+    linears: list[str],
+    batches: "tuple[Tensor, ...]",
+    scratch: Path,
+    report: Report,
+) -> AbstractContextManager[Path]:
+    """The checkpoint to quantize: a smoothed copy where the method asks for one."""
+    if not (method.activations and method.activations.smooth):
+        return nullcontext(checkpoint)
+    return smoothed(checkpoint, batches, family, linears, method.activations.smooth, scratch, report)
+
+
+def _with_inputs(layer: QuantizedLayer, inputs: Inputs | None, found: Calibrated | None) -> QuantizedLayer:
+    if inputs is None:
+        return layer
+    if found is None:
+        return layer.model_copy(update={"inputs": "per token"})
+    about = {"inputs": "static", "input_range": found.range, "input_relative_error": found.relative_error}
+    return layer.model_copy(update=about)
 
 
 def _quantize_blocks(
@@ -220,9 +279,11 @@ def _quantize_blocks(
     return changed
 
 
-def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
+def _grids(
+    method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool
+) -> dict[str, Grid | Float8 | None]:
     """The grid of every layer that could be quantized; None where it is left alone."""
-    modules: dict[str, Grid | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
+    modules: dict[str, Grid | Float8 | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
     modules[family.embedding] = method.embeddings
     modules[family.lm_head] = method.embeddings
     for module in matching(list(modules), method.ignore):

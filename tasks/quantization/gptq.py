@@ -11,9 +11,9 @@ Hessian has no Cholesky factor, damping grows tenfold, at most to the mean of it
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tasks.quantization.ranges import Grid, Targets, fit
+from tasks.quantization.ranges import Float8, Grid, Targets, fit
 from tasks.quantization.rtn import round_to_nearest, stored
 
 if TYPE_CHECKING:
@@ -36,8 +36,15 @@ class Gptq(Targets, frozen=True, extra="forbid"):
         False, description="Before, scale the inputs of layers so that those that matter lose less (AWQ)."
     )
 
-    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
+    @model_validator(mode="after")
+    def _inputs_are_scaled_once(self) -> "Gptq":
+        if self.awq and self.activations and self.activations.smooth:
+            raise ValueError("`awq` and `activations.smooth` scale the same inputs; keep one of them.")
+        return self
+
+    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
+        assert isinstance(grid, Grid)
         return round_to_nearest(weight, grid, layer)
 
     def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":

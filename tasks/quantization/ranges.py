@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from tasks.quantization.activations import Activations, Format
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,6 +49,12 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
+class Float8(BaseModel, frozen=True, extra="forbid"):
+    """FP8 (float8_e4m3fn) with one scale per row, for GPUs: largest weight / 448."""
+
+    format: Literal["float8_e4m3"]
+
+
 class Targets(BaseModel, frozen=True, extra="forbid"):
     """What every quantization method can be told about the layers beside those of the blocks."""
 
@@ -58,11 +66,34 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
     ignore: tuple[str, ...] = Field(
         (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
     )
+    weights: Grid | Float8
+    activations: Activations | None = Field(None, description="Round the inputs of linear layers too; null: float.")
+    kv_cache: Format | None = Field(
+        None, description="Keys and values of attention, with a calibrated scale per layer; null: the engine decides."
+    )
 
     @model_validator(mode="after")
     def _tables_have_integer_zero_points(self) -> "Targets":
         if self.embeddings and self.embeddings.zero_point == "real":
             raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
+        return self
+
+    @model_validator(mode="after")
+    def _activations_suit_the_weights(self) -> "Targets":
+        if not self.activations:
+            return self
+        weights = self.weights
+        if isinstance(weights, Float8) != (self.activations.format == "float8_e4m3"):
+            raise ValueError(
+                "weights and activations must both be integers or both FP8; set `format: float8_e4m3` in both or in "
+                "neither."
+            )
+        if isinstance(weights, Grid) and (weights.bits, weights.group_size, weights.symmetric) != (8, None, True):
+            raise ValueError(
+                "integer products with rounded inputs need weights of 8 bits, symmetric, with one scale per row; got "
+                f"{weights.bits} bits, group_size {weights.group_size}, symmetric {weights.symmetric}. "
+                "Set `weights: {bits: 8}`, or drop `activations`."
+            )
         return self
 
 

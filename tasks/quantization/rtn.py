@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tasks.quantization.ranges import Grid, Targets, fit
+from tasks.quantization.ranges import Float8, Grid, Targets, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +22,12 @@ class RoundToNearest(Targets, frozen=True, extra="forbid"):
     """Round every weight to the nearest value of its grid; needs no data."""
 
     method: Literal["rtn"] = "rtn"
-    weights: Grid = Field(Grid(), description="Grid of the linear layers of every block.")
+    weights: Grid | Float8 = Field(Grid(), description="Grid of the linear layers of every block; or FP8.")
 
-    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""
+        if isinstance(grid, Float8):
+            return nearest_float8(weight, layer)
         return round_to_nearest(weight, grid, layer)
 
 
@@ -45,6 +47,35 @@ def round_to_nearest(weight: "Tensor", options: Grid, layer: str) -> "QuantizedW
     affine = fit(weight, options, layer)
     integers = affine.expanded().quantize(in_groups(weight, options.group_size, layer))
     return stored(integers.reshape(weight.shape), affine, options.group_size)
+
+
+def nearest_float8(weight: "Tensor", layer: str) -> "QuantizedWeight":
+    """`weight` [out, in] float32, finite, as the nearest values of FP8 times one scale per row: max / 448.
+
+    Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433, section 3 (E4M3: 448 is the largest).
+    """
+    import torch
+
+    from tasks.quantization.activations import LARGEST_FLOAT8
+    from tasks.quantization.checkpoint_format import QuantizedWeight
+    from tasks.quantization.grid import storable
+
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {int((~weight.isfinite()).sum())} of {weight.numel()} weights of {layer} are NaN "
+            "or infinite. The checkpoint is damaged or its training diverged: use another."
+        )
+    scale = storable(torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0))
+    values = (weight / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+    return QuantizedWeight(
+        integers=values.view(torch.uint8).numpy(),
+        scale=scale.numpy(),
+        zero_point=None,
+        bits=8,
+        group_size=None,
+        format="float8_e4m3",
+    )
 
 
 def stored(integers: "Tensor", affine: "Affine", group_size: int | None) -> "QuantizedWeight":
