@@ -113,8 +113,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
     """Why `engine` cannot compute with what `method` makes; None if it can."""
-    grids = possible_grids(method.weights, method.embeddings) if method else ()
-    return next((problem for grid in grids if (problem := engine.cannot_hold(grid))), None)
+    if method is None:
+        return None
+    grids = possible_grids(method.weights, method.embeddings)
+    held = next((problem for grid in grids if (problem := engine.cannot_hold(grid))), None)
+    return held or engine.cannot_round(method.activations, method.kv_cache)
 
 
 class RecipeError(ValueError):

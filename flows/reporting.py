@@ -21,7 +21,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization import Float8, Grid, QuantizationMethod
 from tasks.quantization.mixed import Mixed
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
@@ -125,11 +125,21 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
     if candidate.recovery:
         steps.append("recovered")
     if candidate.quantization:
-        steps.append(f"{_grid_words(candidate.quantization.weights)}{_method_words(candidate.quantization)}")
+        steps.append(_quantization_words(candidate.quantization))
     return "; ".join(steps) or "unchanged"
 
 
-def _grid_words(weights: Grid | Mixed) -> str:
+def _quantization_words(method: QuantizationMethod) -> str:
+    words, options = _grid_words(method.weights) + _method_words(method), method.activations
+    if options:
+        words += f", A8 static ({options.range or 'min-max'})" if options.static else ", A8 per token"
+        words += f", SmoothQuant {options.smooth:g}" if options.smooth else ""
+    return words + (f", KV cache {method.kv_cache}" if method.kv_cache else "")
+
+
+def _grid_words(weights: Grid | Float8 | Mixed) -> str:
+    if isinstance(weights, Float8):
+        return "W8 FP8 per channel"
     if isinstance(weights, Mixed):
         return f"mixed precision, {weights.budget}"
     granularity = f"groups of {weights.group_size}" if weights.group_size else "per channel"

@@ -100,12 +100,13 @@ def architecture(family: str) -> Architecture:
         ) from None
 
 
-def matching(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def matching(layers: Sequence[str], patterns: Sequence[str], option: str = "ignore") -> list[str]:
     """The layers that some pattern matches, in order.
 
     Args:
         layers: full names, such as model.layers.0.mlp.down_proj.
         patterns: names with wildcards, such as model.layers.0.* or *.down_proj.
+        option: where they were given, for errors.
 
     Raises:
         ValueError: a pattern matches no layer.
@@ -113,7 +114,7 @@ def matching(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(
-                f"Every pattern in `ignore` must match a layer; {pattern!r} matches none. "
+                f"Every pattern in `{option}` must match a layer; {pattern!r} matches none. "
                 f"Layers are named like {layers[0]}; * stands for anything."
             )
     return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]

@@ -5,9 +5,10 @@ Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3. Only one block's st
 weights and hidden states lie meanwhile is for a `Residence` to say.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -241,6 +242,16 @@ def observe_inputs(
             model.base_model(input_ids=input_ids, use_cache=False)
             report(step, len(batches), {})
     return statistics
+
+
+def change_inputs_(model: "PreTrainedModel", changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Let linear layers, by their full names, read what a function makes of their inputs; in place and for good."""
+
+    def change(function: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (function(args[0]), *args[1:])
+
+    for name, function in changes.items():
+        model.get_submodule(name).register_forward_pre_hook(partial(change, function))
 
 
 def _enter_blocks(

@@ -19,6 +19,7 @@ DTYPES = {
     "int32": "I32",
     "bfloat16": "BF16",
     "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
     "int8": "I8",
     "uint8": "U8",
 }
@@ -52,6 +53,11 @@ class Tensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self._place
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Which file holds each tensor."""
+        return {name: file.name for name, (_, file) in self._place.items()}
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, without reading it."""
@@ -181,7 +187,7 @@ class TensorWriter:
         for name, array in tensors.items():
             values = np.ascontiguousarray(array)
             dtype, start = DTYPES[values.dtype.name], self._spool.tell()
-            self._spool.write(values.data)
+            self._spool.write(values.reshape(-1).view(np.uint8).data)
             self._place(_Stored(name, dtype, values.shape, Path(self._spool.name), start, values.nbytes))
 
     def add_file(self, file: Path) -> None:
@@ -243,3 +249,27 @@ def _copy(source: BinaryIO, start: int, size_bytes: int, target: BinaryIO) -> No
         assert chunk, "the file has become shorter"
         target.write(chunk)
         size_bytes -= len(chunk)
+
+
+def append_tensors(out: Path, tensors: Mapping[str, NDArray[Any]]) -> int:
+    """Add a file with more tensors to a complete checkpoint directory, and to its index.
+
+    Returns:
+        Bytes of the tensors.
+    """
+    index = out / "model.safetensors.index.json"
+    with Tensors(out) as present:
+        weight_map = present.files
+    files = sorted({*weight_map.values()})
+    renamed = {old: f"model-{i:05d}-of-{len(files) + 1:05d}.safetensors" for i, old in enumerate(files, start=1)}
+    for old, new in renamed.items():
+        (out / old).rename(out / new)
+    with TensorWriter(out) as writer:
+        writer.add(tensors)
+    last = f"model-{len(files) + 1:05d}-of-{len(files) + 1:05d}.safetensors"
+    (out / "model.safetensors").rename(out / last)
+    whole = {name: renamed[file] for name, file in weight_map.items()} | dict.fromkeys(tensors, last)
+    size_bytes = sum((out / file).stat().st_size for file in set(whole.values()))
+    content = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(whole.items()))}
+    index.write_text(json.dumps(content, indent=2) + "\n")
+    return writer.size_bytes

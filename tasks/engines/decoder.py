@@ -6,6 +6,7 @@ stay the checkpoint's integers; nothing here dequantizes.
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
+from tasks.quantization.checkpoint_format import CacheScales, QuantizedWeight, read_cache_scales, read_weights
 
 Floats = NDArray[np.float32]
 Weight = Floats | QuantizedWeight
@@ -60,11 +61,20 @@ class Decoder:
     max_position_embeddings: int
     sliding_window: int | None  # every layer sees this many positions back, itself included; None: all
     inverse_frequencies: Floats  # [head_dim / 2]: what a position is multiplied with; holds theta and any scaling
+    cache: CacheScales | None = None  # how keys and values are rounded; None: they are not
 
     @property
     def tied(self) -> bool:
         """Whether the LM head is the embedding."""
         return self.lm_head is self.embedding
+
+    def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Every quantized weight, and what to call it in an error."""
+        named = [("embedding", self.embedding), ("lm_head", self.lm_head)]
+        for index, layer in enumerate(self.layers):
+            linears = ("q", "k", "v", "o", "gate", "up", "down")
+            named += [(f"layer {index}'s {name}", getattr(layer, name)) for name in linears]
+        return ((name, weight) for name, weight in named if isinstance(weight, QuantizedWeight))
 
     def rotary_tables(self, length: int) -> tuple[Floats, Floats]:
         """Cosines and sines of every position's angles, in float32 as transformers computes them.
@@ -115,6 +125,7 @@ def read_decoder(checkpoint: Path) -> Decoder:
         max_position_embeddings=int(config["max_position_embeddings"]),
         sliding_window=_sliding_window(config),
         inverse_frequencies=_inverse_frequencies(config, head_dim),
+        cache=read_cache_scales(checkpoint),
     )
     _check_shapes(decoder)
     return decoder

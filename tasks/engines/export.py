@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight
+from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 Precision = Literal["float32", "float16"]
@@ -249,11 +250,28 @@ class _Graph:
         return self.node("Concat", turned, value + ".rotated", axis=3)
 
     def linear(self, name: str, weight: Weight, bias: Floats | None, value: str) -> str:
-        """value @ weight.T + bias."""
+        """value @ weight.T + bias, the value rounded before where the checkpoint says so."""
+        if isinstance(weight, QuantizedWeight) and weight.inputs:
+            value = self.rounded(name + ".inputs", weight.inputs, value)
         product = self.node("MatMul", [value, self.matrix(name, weight)], name)
         if bias is None:
             return product
         return self.node("Add", [product, self.floats(name + ".bias", bias)], name + ".biased")
+
+    def rounded(self, name: str, inputs: Inputs, value: str) -> str:
+        """`value` behind QuantizeLinear and DequantizeLinear, with one static scale."""
+        if inputs.scale is None:
+            raise ValueError(
+                f'ONNX\'s QuantizeLinear has no scale per token; {name} need one. Quantize with `static: ["*"]` in '
+                "`activations` for this engine."
+            )
+        scale = self.floats(name + ".scale", np.array(inputs.scale, dtype=np.float32))
+        if inputs.format == "float8_e4m3":
+            zero_point = self._float8(name + ".zero_point", np.zeros((), dtype=np.uint8))
+        else:
+            zero_point = self.constant(name + ".zero_point", np.array(inputs.zero_point, dtype=np.int8))
+        integers = self.node("QuantizeLinear", [value, scale, zero_point], name + ".integers")
+        return self.node("DequantizeLinear", [integers, scale, zero_point], name)
 
     def matrix(self, name: str, weight: Weight, *, rows_are_outputs: bool = False) -> str:
         """The weight's values, [in, out] as MatMul takes them or [out, in]; quantized ones behind DequantizeLinear."""
@@ -278,9 +296,11 @@ class _Graph:
         return self.node("DequantizeLinear", inputs, name + ".weight", **attributes)
 
     def _integers(self, name: str, value: NDArray[Any], weight: QuantizedWeight) -> str:
-        """An integer constant, two to a byte up to 4 bits."""
+        """An integer constant, two to a byte up to 4 bits; or one of FP8."""
         from onnx import TensorProto, helper
 
+        if weight.format == "float8_e4m3":
+            return self._float8(name, value)
         if weight.bits > 4:
             return self.constant(name, value)
         if name not in self._written:
@@ -290,6 +310,16 @@ class _Graph:
             flat = np.append(flat, np.zeros(flat.size % 2, dtype=np.uint8))
             packed = flat[0::2] | flat[1::2] << 4  # the first of two in the low half
             self.initializers.append(helper.make_tensor(name, kind, value.shape, packed.tobytes(), raw=True))
+        return name
+
+    def _float8(self, name: str, bits: NDArray[Any]) -> str:
+        """A float8_e4m3fn constant, from its bits as uint8."""
+        from onnx import TensorProto, helper
+
+        if name not in self._written:
+            self._written.add(name)
+            raw = np.ascontiguousarray(bits).tobytes()
+            self.initializers.append(helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, bits.shape, raw, raw=True))
         return name
 
 

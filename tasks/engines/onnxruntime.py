@@ -21,7 +21,8 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder, shape
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Grid
+from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization.activations import Format, Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 GRAPH_FILE = "model.onnx"
@@ -29,7 +30,7 @@ WEIGHTS_FILE = "model.weights"
 MICROSOFT = "com.microsoft"
 BLOCK_SIZES = (16, 32, 64, 128)  # of MatMulNBits
 LONG_GROUP_BLOCKS = (64, 32, 16)  # what a longer group is stored as: inputs are rounded per block, so not the longest
-PRODUCTS = ("FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat")  # float32; int8 or float32 by block; 16 bits by 8
+PRODUCTS = ("FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat")  # float32; int8 or float32 by block; integers
 PAGE_BYTES = 4096  # initializers start on a page, so that the file is mapped and not copied
 SPIN_US = "20"  # how long an idle thread waits awake: long enough between operators, short where a core is shared
 CACHE_STEP = 256  # tokens by which the KV cache's room is rounded up
@@ -44,7 +45,8 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         "int8",
         description="What a quantized weight is multiplied with. int8: integers made from the inputs as they come, for "
         "weights in groups one of 8 bits per input with a scale per block, for 8-bit weights per channel two (16 bits) "
-        "with a scale per position. float32: the inputs as they are, exact and slow. Float weights are not affected.",
+        "with a scale per position. float32: the inputs as they are, exact and slow. Float weights are not affected, "
+        "nor are layers whose inputs the checkpoint itself rounds (W8A8): these are computed as it says.",
     )
     max_length: int = Field(8192, ge=1, description="Longest sequence, prompt and new tokens; at most the model's own.")
 
@@ -64,11 +66,19 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
             return None
         return f"The engine 'onnxruntime' needs {' and '.join(absent)}. Install: pip install 'slimline[onnxruntime]'"
 
-    def cannot_hold(self, grid: Grid) -> str | None:
+    def cannot_hold(self, grid: Grid | Float8) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None if it can."""
+        if isinstance(grid, Float8):
+            return "ONNX Runtime's CPU provider has no FP8 products. Use integers, or the engine 'tensorrt'."
         if grid.group_size is None or grid.group_size % min(BLOCK_SIZES) == 0:
             return None
         return f"ONNX Runtime needs quantization groups divisible by 16; got {grid.group_size}. Change group_size."
+
+    def cannot_round(self, activations: Activations | None, kv_cache: Format | None) -> str | None:
+        """Why this engine cannot round inputs, or the KV cache, like this; None if it can."""
+        if kv_cache == "float8_e4m3":
+            return "ONNX Runtime's CPU provider keeps no FP8 KV cache. Use `kv_cache: int8`, or leave it out."
+        return None  # FP8 inputs come with FP8 weights
 
     def compile(self, checkpoint: Path, out: Path) -> None:
         """Writes the graph and its weights (integers as the checkpoint's) into `out`."""
@@ -93,6 +103,7 @@ def build_graph(decoder: Decoder, options: OnnxRuntime, out: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
 
+    _refuse_float8(decoder)
     max_length = min(options.max_length, decoder.max_position_embeddings)
     with (out / WEIGHTS_FILE).open("wb") as weights_file:
         graph = _GraphWriter(weights_file, options.activations)
@@ -100,16 +111,17 @@ def build_graph(decoder: Decoder, options: OnnxRuntime, out: Path) -> None:
 
     cache: list[str | int | None] = ["batch", decoder.num_kv_heads, "room", decoder.head_dim]
     caches = [f"{kind}.{index}" for index in range(len(decoder.layers)) for kind in ("key", "value")]
+    cache_kind = TensorProto.INT8 if decoder.cache else TensorProto.FLOAT
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"]),
         helper.make_tensor_value_info("last_position", TensorProto.INT32, ["batch"]),
         helper.make_tensor_value_info("total_length", TensorProto.INT32, []),
         helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]),
-        *(helper.make_tensor_value_info(f"past_{name}", TensorProto.FLOAT, cache) for name in caches),
+        *(helper.make_tensor_value_info(f"past_{name}", cache_kind, cache) for name in caches),
     ]
     outputs = [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 1, decoder.vocab_size]),
-        *(helper.make_tensor_value_info(f"present_{name}", TensorProto.FLOAT, cache) for name in caches),
+        *(helper.make_tensor_value_info(f"present_{name}", cache_kind, cache) for name in caches),
     ]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=graph.initializers),
@@ -117,8 +129,29 @@ def build_graph(decoder: Decoder, options: OnnxRuntime, out: Path) -> None:
         ir_version=10,
         producer_name="slimline",
     )
-    helper.set_model_props(model, {"max_length": str(max_length), "products": _count_products(graph.nodes)})
+    helper.set_model_props(
+        model,
+        {
+            "max_length": str(max_length),
+            "products": _count_products(graph.nodes),
+            "kv_cache": decoder.cache.format if decoder.cache else "float32",
+        },
+    )
     onnx.save(model, out / GRAPH_FILE)
+
+
+def _refuse_float8(decoder: Decoder) -> None:
+    for name, weight in decoder.quantized():
+        if weight.format != "int8":
+            raise ValueError(
+                f"ONNX Runtime's CPU provider has no FP8 products; {name} is {weight.format}. Quantize to integers for "
+                "this engine."
+            )
+    if decoder.cache and decoder.cache.format != "int8":
+        raise ValueError(
+            f"ONNX Runtime's CPU provider keeps KV caches as float32 or int8; this one is {decoder.cache.format}. "
+            "Quantize with `kv_cache: int8`, or without."
+        )
 
 
 def _count_products(nodes: list[Any]) -> str:
@@ -186,6 +219,14 @@ def _add_attention(graph: "_GraphWriter", decoder: Decoder, layer: Layer, index:
         for position, gain in ((0, layer.q_norm), (1, layer.k_norm)):
             if gain is not None:
                 projected[position] = graph.norm_heads(projected[position], gain, decoder.norm_eps)
+    rounding: dict[str, Any] = {}
+    scales: list[str] = []
+    if decoder.cache:
+        rounding = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+        scales = [
+            graph.constant(f"{prefix}{name}_scale", np.array([scale], np.float32))
+            for name, scale in zip("kv", decoder.cache.of_blocks[index], strict=True)
+        ]
     graph.node(
         "GroupQueryAttention",
         [
@@ -196,6 +237,7 @@ def _add_attention(graph: "_GraphWriter", decoder: Decoder, layer: Layer, index:
             "total_length",
             "rotary_cos",
             "rotary_sin",
+            *(["", "", "", *scales] if scales else []),  # positions, bias and sinks are left out
         ],
         [prefix + "attention", f"present_key.{index}", f"present_value.{index}"],
         MICROSOFT,
@@ -204,6 +246,7 @@ def _add_attention(graph: "_GraphWriter", decoder: Decoder, layer: Layer, index:
         do_rotary=1,
         rotary_interleaved=0,
         local_window_size=decoder.sliding_window or -1,
+        **rounding,
     )
     return prefix + "attention"
 
@@ -224,7 +267,7 @@ def _add_feed_forward(graph: "_GraphWriter", layer: Layer, prefix: str, normed: 
 class OnnxRuntimeSession:
     """A decoder with its KV cache, see `generation.Session`.
 
-    The cache is one float32 buffer per layer and kind, bound as past and as present, so that a step writes one
+    The cache is one buffer per layer and kind, bound as past and as present, so that a step writes one
     position and copies nothing. Its room starts a little above the prompt and doubles when it is full: the operators'
     scratch memory grows with the room, not with what is used of it.
     """
@@ -253,7 +296,8 @@ class OnnxRuntimeSession:
             "threads": str(threads),
             **self._session.get_modelmeta().custom_metadata_map,
         }
-        self._buffers: list[Floats] = []  # [batch, num_kv_heads, room, head_dim], in the order of _caches
+        self._cache_dtype = np.dtype(self.facts["kv_cache"])
+        self._buffers: list[NDArray[Any]] = []  # [batch, num_kv_heads, room, head_dim], in the order of _caches
         self._length = 0
         self._step: _Step | None = None
 
@@ -292,7 +336,7 @@ class OnnxRuntimeSession:
 
     def _allocate(self, batch_size: int, room: int) -> None:
         shape = (batch_size, self._num_kv_heads, min(room, self.max_length), self._head_dim)
-        self._buffers = [np.zeros(shape, dtype=np.float32) for _ in self._caches]
+        self._buffers = [np.zeros(shape, dtype=self._cache_dtype) for _ in self._caches]
         self._step = None
 
     def _bind(self, batch_size: int, length: int, num_logits: int) -> "_Step":
@@ -442,6 +486,8 @@ class _GraphWriter:
         if not quantized:
             values = np.concatenate([np.asarray(weight) for weight in weights])
             self.node("FusedMatMul", [hidden, self.weight(name + ".weight", values)], [product], MICROSOFT, transB=1)
+        elif quantized[0].inputs:
+            self._rounded_product(name, quantized, quantized[0].inputs, hidden, product)
         elif self._activations == "int8" and _per_channel(quantized[0]):
             self._integer_product(name, quantized, hidden, product)
         else:
@@ -536,6 +582,33 @@ class _GraphWriter:
         halves = self.constant("127th_and_254th_of_it", np.array([[[1 / 127, 1 / (127 * 254)]]], np.float32))
         self.node("Mul", [work + ".largest", halves], [work + ".half_scales"])
         self.node("MatMul", [work + ".half_scales", work + ".products"], [output])  # [1, 2] @ [2, out] at each position
+
+    def _rounded_product(
+        self, name: str, weights: list[QuantizedWeight], inputs: Inputs, hidden: str, output: str
+    ) -> None:
+        """x @ W.T of integers, with x rounded to 8 bits as the checkpoint says (see `quantization.activations`)."""
+        work = name + ".inputs"
+        zero_point = self.constant(f"zero_point_{inputs.zero_point}", np.array(inputs.zero_point + 128, np.uint8))
+        if inputs.scale is None:
+            self.node("Abs", [hidden], [work + ".magnitude"])
+            self.node("ReduceMax", [work + ".magnitude", "rest"], [work + ".largest"], keepdims=1)
+            half_range = self.constant("127.5", np.array(127.5, np.float32))
+            self.node("Div", [work + ".largest", half_range], [work + ".scale"])
+            self.node("Div", [hidden, work + ".scale"], [work + ".scaled"])  # NaN for a row of zeros, times scale 0
+            values, scale, product = work + ".scaled", self.constant("one", np.array(1, np.float32)), work + ".product"
+        else:
+            scale = self.constant(work + ".scale", np.array(inputs.scale, np.float32))
+            values, product = hidden, output
+        self.node("QuantizeLinear", [values, scale, zero_point], [work + ".integers"])
+        integers, weight_scale, *weight_zero_point = self._columns(name, weights)
+        self.node(
+            "MatMulIntegerToFloat",
+            [work + ".integers", integers, scale, weight_scale, zero_point, *weight_zero_point],
+            [product],
+            MICROSOFT,
+        )
+        if inputs.scale is None:
+            self.node("Mul", [product, work + ".scale"], [output])
 
     def embedding(self, name: str, weight: Weight, ids: str, hidden_size: int) -> str:
         """[batch * length, 1, hidden_size] rows of a table; of a tied quantized one, the LM head's own integers."""
@@ -639,7 +712,7 @@ class _GraphWriter:
 def _same_grid(weights: Sequence[Weight]) -> bool:
     """Whether weights can be stacked along `out` without changing an integer."""
     kinds = {
-        (weight.bits, weight.group_size, None if weight.zero_point is None else weight.zero_point.dtype)
+        (weight.bits, weight.group_size, weight.inputs, None if weight.zero_point is None else weight.zero_point.dtype)
         if isinstance(weight, QuantizedWeight)
         else None
         for weight in weights

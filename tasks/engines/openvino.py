@@ -19,7 +19,8 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Grid
+from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization.activations import Format
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 MODEL_FILE = "openvino_model.xml"  # the name OpenVINO GenAI looks for; the weights lie beside it in the .bin
@@ -56,8 +57,25 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
             return "The engine 'openvino' needs openvino. Install it: pip install 'slimline[openvino]'"
         return None
 
-    def cannot_hold(self, grid: Grid) -> str | None:
-        """Why this engine cannot multiply with weights on `grid`; None: it takes all."""
+    def cannot_hold(self, grid: Grid | Float8) -> str | None:
+        """Why this engine cannot multiply with weights on `grid`; None: it takes all integers."""
+        if isinstance(grid, Float8):
+            return "OpenVINO's CPU plugin has no FP8 products. Use integers, or the engine 'tensorrt'."
+        return None
+
+    def cannot_round(self, activations: Activations | None, kv_cache: Format | None) -> str | None:
+        """Why this engine cannot round inputs, or the KV cache, like this; None if it can."""
+        if activations:
+            return (
+                "OpenVINO rounds the inputs of weight-only layers itself, by groups of 32 as they come (its option "
+                "`activations`), and does not take a checkpoint's scales. Leave `activations` of the quantization out, "
+                "or use the engine 'onnxruntime'."
+            )
+        if kv_cache:
+            return (
+                "OpenVINO quantizes its KV cache itself (its option `kv_cache: uint8`) and takes no calibrated scales. "
+                "Leave `kv_cache` of the quantization out."
+            )
         return None
 
     def compile(self, checkpoint: Path, out: Path) -> None:
@@ -183,6 +201,7 @@ def build_model(decoder: Decoder) -> Any:
     import openvino
     from openvino import opset13 as ops
 
+    _refuse_rounding(decoder)
     input_ids = ops.parameter([-1, -1], np.int64, name="input_ids")
     attention_mask = ops.parameter([-1, -1], np.int64, name="attention_mask")
     position_ids = ops.parameter([-1, -1], np.int64, name="position_ids")
@@ -213,6 +232,21 @@ def build_model(decoder: Decoder) -> Any:
     model.set_rt_info(decoder.max_position_embeddings, ["slimline", "max_length"])
     _name_nodes(model)
     return model
+
+
+def _refuse_rounding(decoder: Decoder) -> None:
+    for name, weight in decoder.quantized():
+        if weight.inputs or weight.format != "int8":
+            what = "FP8" if weight.format != "int8" else "integers with rounded inputs"
+            raise ValueError(
+                f"OpenVINO takes weights of integers alone; {name} is {what}. Quantize without `activations`, and to "
+                "integers, for this engine."
+            )
+    if decoder.cache:
+        raise ValueError(
+            f"OpenVINO takes no scales of a KV cache; this checkpoint has {decoder.cache.format} ones. Quantize "
+            "without `kv_cache`, and use the engine's own option."
+        )
 
 
 class _Attention:

@@ -9,13 +9,14 @@ from pydantic import BaseModel, Field
 
 from tasks.calibration.checkpoints import load_model
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
+from tasks.quantization.checkpoint_format import CacheScales, read_cache_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class PyTorch(BaseModel, frozen=True, extra="forbid"):
-    """transformers' own forward pass. Its bundle is the checkpoint itself."""
+    """transformers' own forward pass. Its bundle is the checkpoint itself; activations that it says to round are."""
 
     engine: Literal["pytorch"] = "pytorch"
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of weights and everything computed.")
@@ -43,17 +44,22 @@ class PyTorch(BaseModel, frozen=True, extra="forbid"):
         """A session on the checkpoint `bundle`, on `threads` threads of this process."""
         import torch
 
+        from tasks.quantization.emulation import round_inputs_
+
         torch.set_num_threads(threads)
-        return PyTorchSession(load_model(bundle).to(getattr(torch, self.precision)))
+        model = load_model(bundle)
+        round_inputs_(model, bundle)
+        return PyTorchSession(model.to(getattr(torch, self.precision)), read_cache_scales(bundle))
 
 
 class PyTorchSession:
     """A model with its KV cache."""
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", cache_scales: CacheScales | None = None) -> None:
         self._model: Any = model.eval()
         self._vocab_size = int(model.config.vocab_size)
         self._max_length = int(model.config.max_position_embeddings)
+        self._cache_scales = cache_scales
         self._cache: Any = None
         self._batch_size = 0
         self._length = 0
@@ -76,7 +82,9 @@ class PyTorchSession:
     def prefill(self, input_ids: Ids, num_logits: int = 1) -> Logits:
         """Starts new sequences; see `Session.prefill`."""
         check_prompt(input_ids, num_logits, vocab_size=self._vocab_size, max_length=self._max_length)
-        self._cache = None
+        from tasks.quantization.emulation import empty_cache
+
+        self._cache = empty_cache(self._model, self._cache_scales)
         self._batch_size, self._length = input_ids.shape
         return self._forward(input_ids, num_logits)
 

@@ -24,8 +24,8 @@ from pydantic import BaseModel, Field, model_validator
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import Precision, export_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Grid
-from tasks.quantization.checkpoint_format import QuantizedWeight
+from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization.activations import Format
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +79,24 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
             )
         return None
 
-    def cannot_hold(self, grid: Grid) -> str | None:
+    def cannot_hold(self, grid: Grid | Float8) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None if it can."""
-        if grid.symmetric:
+        if isinstance(grid, Float8) or grid.symmetric:
             return None
         return "TensorRT takes no zero points; quantize with `symmetric: true` for it."
+
+    def cannot_round(self, activations: Activations | None, kv_cache: Format | None) -> str | None:
+        """Why this engine cannot round inputs, or the KV cache, like this; None if it can."""
+        if kv_cache:
+            return "The portable ONNX graph keeps a float KV cache. Leave `kv_cache` out for TensorRT."
+        if activations and not activations.symmetric:
+            return "TensorRT takes no zero points, those of inputs neither; set `symmetric: true` in `activations`."
+        if activations and "*" not in activations.static:
+            return (
+                "TensorRT's Q/DQ has no scale per token. Set `static: [\"*\"]` in `activations`, so that every layer's "
+                "inputs have one calibrated scale, and `ignore` those that should stay float."
+            )
+        return None
 
     def compile(self, checkpoint: Path, out: Path) -> None:
         """Writes the plan into `out`.
@@ -151,17 +164,22 @@ def _no_gpu(library: str) -> str | None:
 
 
 def _refuse_zero_points(decoder: Decoder) -> None:
-    named = [("embedding", decoder.embedding), ("lm_head", decoder.lm_head)]
-    for index, layer in enumerate(decoder.layers):
-        named += [
-            (f"layer {index}'s {name}", getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")
-        ]
-    for name, weight in named:
-        if isinstance(weight, QuantizedWeight) and weight.zero_point is not None:
+    for name, weight in decoder.quantized():
+        if weight.zero_point is not None:
             raise ValueError(
                 f"TensorRT takes float checkpoints and symmetric integers (int8 or int4, zero point 0); {name} is "
                 "asymmetric. Quantize with `symmetric: true` for this engine."
             )
+        if weight.inputs and (weight.inputs.scale is None or weight.inputs.zero_point):
+            raise ValueError(
+                f"TensorRT takes static scales of inputs without zero points; those of {name} are "
+                f"{'per token' if weight.inputs.scale is None else 'asymmetric'}. Quantize with symmetric static ones."
+            )
+    if decoder.cache:
+        raise ValueError(
+            f"The portable ONNX graph keeps a float KV cache; this one is {decoder.cache.format}. Quantize without "
+            "`kv_cache` for this engine."
+        )
 
 
 def build_plan(graph: Path, decoder: Decoder, options: TensorRT) -> bytes:

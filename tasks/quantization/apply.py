@@ -5,7 +5,8 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,19 +15,22 @@ from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
-from tasks.quantization import Grid, QuantizationMethod
-from tasks.quantization.blocks import quantize_blocks
+from tasks.calibration.tokens import calibration_batches
+from tasks.quantization import Float8, Grid, QuantizationMethod
+from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
-    packed_scheme,
-    packed_tensors,
+    linear_scheme,
+    linear_tensors,
     plain_scheme,
     plain_tensors,
     quantization_config,
     tied_tensors,
 )
+from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
 from tasks.quantization.sensitivity import measure_divergence, read_scores
-from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize
+from tasks.quantization.smoothquant import smoothed
+from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize, with_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,15 +135,23 @@ def _quantize(
     measured: dict[str, Measured] = {}
     notes: list[str] = []
     resumed_from_block = None
-    with _kept(work_dir, out) as work, Tensors(checkpoint) as tensors, TensorWriter(out) as writer:
+    linears = family.all_linears(num_layers)
+    batches = _activation_batches(method, data, int(config["vocab_size"]))
+    with (
+        _kept(work_dir, out) as work,
+        _smooth(checkpoint, method, family, linears, batches, out, report) as source,
+        Tensors(source) as tensors,
+        TensorWriter(out) as writer,
+    ):
         tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
         config["tie_word_embeddings"] = tied
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
         grids = _grids(method, chosen, family, num_layers, tied)
+        inputs = kinds_of_inputs(method.activations, [module for module in linears if grids[module]])
         if method.method == "gptq":
-            calibrated = {name: grid for name in family.all_linears(num_layers) if (grid := grids[name])}
-            walk = quantize_blocks(checkpoint, tensors, data, family, method, calibrated, work, report)
+            calibrated = {name: grid for name in linears if isinstance(grid := grids[name], Grid)}
+            walk = quantize_blocks(source, tensors, data, family, method, calibrated, inputs, work, report)
             for file in walk.files:
                 writer.add_file(file)
             measured |= {each.layer.name: each for each in walk.measured}
@@ -155,11 +167,11 @@ def _quantize(
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
-            weight = method.quantize(values, grid, module)
+            weight = replace(method.quantize(values, grid, module), inputs=inputs.get(module))
             is_table = module in (family.embedding, family.lm_head)
-            scheme = plain_scheme(weight) if is_table else packed_scheme(weight)
+            scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
             measured[module] = measure(module, values.numpy(), weight, scheme)
-            writer.add(plain_tensors(module, weight) if is_table else packed_tensors(module, weight))
+            writer.add(plain_tensors(module, weight) if is_table else linear_tensors(module, weight))
             if is_table and tied:
                 writer.add(tied_tensors(family.lm_head, weight))
             report(step, len(names), {"relative_error": measured[module].layer.relative_error})
@@ -171,9 +183,17 @@ def _quantize(
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)
     tied_float = [family.lm_head] if tied and family.lm_head not in schemes else []
-    config["quantization_config"] = quantization_config(schemes, left_float + tied_float)
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(checkpoint, out)
+    size_bytes = writer.size_bytes
+    if batches:
+        without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
+        config["quantization_config"] = quantization_config(without, left_float + tied_float)
+        write_config(out, config)
+        found, added = add_scales(out, family, method.activations, inputs, method.kv_cache, batches, report)
+        size_bytes += added
+        measured = {name: with_inputs(each, inputs.get(name), found.get(name)) for name, each in measured.items()}
+    config["quantization_config"] = quantization_config(schemes, left_float + tied_float, method.kv_cache)
+    write_config(out, config)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
     if left_float:
@@ -181,7 +201,7 @@ def _quantize(
     return summarize(
         list(measured.values()),
         num_parameters=num_parameters,
-        size_bytes=writer.size_bytes,
+        size_bytes=size_bytes,
         left_float=left_float,
         resumed_from_block=resumed_from_block,
         notes=notes,
@@ -198,12 +218,39 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
+def _activation_batches(method: QuantizationMethod, data: Path, vocab_size: int) -> "tuple[Tensor, ...]":
+    """The calibration tokens that activations need; none where they need none."""
+    options = method.activations
+    if not (method.kv_cache or (options and (options.static or options.smooth))):
+        return ()
+    batches = calibration_batches(data, vocab_size, BATCH_SIZE)
+    check_length(batches)
+    return batches
+
+
+def _smooth(
+    checkpoint: Path,
+    method: QuantizationMethod,
+    family: Architecture,
+    linears: list[str],
+    batches: "tuple[Tensor, ...]",
+    scratch: Path,
+    report: Report,
+) -> AbstractContextManager[Path]:
+    """The checkpoint to quantize: a smoothed copy where the method asks for one."""
+    if not (method.activations and method.activations.smooth):
+        return nullcontext(checkpoint)
+    return smoothed(checkpoint, batches, family, linears, method.activations.smooth, scratch, report)
+
+
 def _grids(
     method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
-) -> dict[str, Grid | None]:
+) -> dict[str, Grid | Float8 | None]:
     """The grid of every layer that could be quantized; None where it is left alone."""
-    every = method.weights if isinstance(method.weights, Grid) else None
-    modules: dict[str, Grid | None] = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
+    every = None if isinstance(method.weights, Mixed) else method.weights
+    modules: dict[str, Grid | Float8 | None] = {
+        name: chosen.get(name, every) for name in family.all_linears(num_layers)
+    }
     modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
     modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
     for module in matching(list(modules), method.ignore):

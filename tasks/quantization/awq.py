@@ -2,17 +2,18 @@
 
 Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, MLSys 2024,
 arXiv:2306.00978, section 3.2 (eq. 4 and 5): s = mean|x|^a, with a from a grid of 20 in [0, 1) that changes the outputs
-least, normalized as its code does. The inverse is folded into what comes before, a norm or the up projection, so the
-model computes the same until its weights are rounded.
+least, normalized as its code does. The inverse is folded into what comes before (`folding.py`), so the model computes
+the same until its weights are rounded.
 
-Deviations: the error of the outputs comes from the inputs' Gram matrix instead of sampled tokens. The output projection
-of attention is left alone, since grouped values cannot be scaled per query head. Clipping is that of `ranges.py`.
+Deviations: the error of the outputs comes from the inputs' Gram matrix instead of sampled tokens. Clipping is that of
+`ranges.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture
+from tasks.quantization.folding import fold_
 from tasks.quantization.ranges import Grid, fit
 
 if TYPE_CHECKING:
@@ -43,31 +44,11 @@ def scale_inputs_(
     Returns:
         The norms' new weights, by the names of their tensors.
     """
-    changed = {}
-    up = family.mlp_inputs[-1]
-    for before, step in (
-        (family.attention_norm, family.steps[0]),
-        (family.mlp_norm, family.steps[2]),
-        (up, family.steps[3]),
-    ):
-        names = [f"{block}.{linear}" for linear in step]
-        if any(name not in grids for name in names) or (before == up and f"{block}.{up}" not in grids):
-            continue
-        linears = [model.get_submodule(name) for name in names]
-        weights = [linear.weight for linear in linears]
-        scale = search(weights, inputs[names[0]], [grids[name] for name in names], names)
-        for weight in weights:
-            weight.mul_(scale)
-        source = model.get_submodule(f"{block}.{before}")
-        if before == up:
-            source.weight.div_(scale[:, None])
-            if source.bias is not None:
-                source.bias.div_(scale)
-                changed[f"{block}.{before}.bias"] = source.bias.detach().clone()
-        else:
-            source.weight.div_(scale)
-            changed[f"{block}.{before}.weight"] = source.weight.detach().clone()
-    return changed
+
+    def choose(names: list[str], weights: "Sequence[Tensor]") -> "Tensor":
+        return search(weights, inputs[names[0]], [grids[name] for name in names], names)
+
+    return fold_(model, family, block, grids, choose)
 
 
 def search(weights: "Sequence[Tensor]", inputs: "InputGram", grids: Sequence[Grid], names: Sequence[str]) -> "Tensor":

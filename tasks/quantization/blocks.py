@@ -8,7 +8,7 @@ latter is complete before the block's file is, so that the number of those files
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,14 @@ from tasks.calibration.progress import Report
 from tasks.calibration.tensor_files import Tensors, metadata, save_whole
 from tasks.calibration.tokens import calibration_batches
 from tasks.calibration.work_directory import claim, digest, digests
-from tasks.quantization.checkpoint_format import packed_scheme, packed_tensors
+from tasks.quantization.checkpoint_format import linear_scheme, linear_tensors
 from tasks.quantization.summary import Measured, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.calibration.statistics import InputGram
+    from tasks.quantization.activations import Inputs
     from tasks.quantization.gptq import Gptq
     from tasks.quantization.ranges import Grid
 
@@ -56,6 +57,7 @@ def quantize_blocks(
     family: Architecture,
     method: "Gptq",
     grids: "Mapping[str, Grid]",
+    inputs: "Mapping[str, Inputs]",
     work_dir: Path,
     report: Report,
 ) -> Walk:
@@ -68,6 +70,7 @@ def quantize_blocks(
         family: of the checkpoint.
         method: how.
         grids: of the layers to quantize, by their names.
+        inputs: how those of them that round their inputs will do so.
         work_dir: what an interrupted walk with the same arguments has left here is not computed again.
         report: told after every block.
 
@@ -87,7 +90,7 @@ def quantize_blocks(
     num_blocks = len(model.get_submodule(family.blocks))
     files = [work_dir / f"block-{index}.safetensors" for index in range(num_blocks)]
     first = next((index for index, file in enumerate(files) if not file.exists()), num_blocks)
-    block = _Block(method, grids)
+    block = _Block(method, grids, inputs)
 
     def scale_(name: str, inputs: dict[str, InputGram]) -> None:
         changed = scale_inputs_(model, family, name, inputs, grids)
@@ -117,9 +120,10 @@ def quantize_blocks(
 class _Block:
     """The block at work: what of it is quantized so far."""
 
-    def __init__(self, method: "Gptq", grids: "Mapping[str, Grid]") -> None:
+    def __init__(self, method: "Gptq", grids: "Mapping[str, Grid]", inputs: "Mapping[str, Inputs]") -> None:
         self._method = method
         self._grids = grids
+        self._inputs = inputs
         self.tensors: dict[str, NDArray[Any]] = {}
         self._measured: list[Measured] = []
 
@@ -139,8 +143,9 @@ class _Block:
             logger.warning("%s: %s", module, note)
         error = output_error(before, weight, inputs.value)
         values: NDArray[np.float32] = before.numpy()
-        self._measured.append(measure(module, values, found.weight, packed_scheme(found.weight), error, note))
-        self.tensors |= packed_tensors(module, found.weight)
+        quantized = replace(found.weight, inputs=self._inputs.get(module))
+        self._measured.append(measure(module, values, quantized, linear_scheme(quantized), error, note))
+        self.tensors |= linear_tensors(module, quantized)
 
     def save(self, file: Path) -> None:
         """Write the finished block, and begin another."""

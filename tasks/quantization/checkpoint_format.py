@@ -1,6 +1,6 @@
 """Quantized checkpoints on disk: compressed-tensors, as stock transformers loads it.
 
-Two of its formats are used, because compressed-tensors 0.20 with transformers 5.23 loads nothing else exactly:
+These of its formats are used, because compressed-tensors 0.20 with transformers 5.23 loads nothing else exactly:
 
 * linear layers: `pack-quantized`. `<layer>.weight_packed` holds the integers (see `packing.py`), `.weight_scale`
   [out, groups], `.weight_shape` [2]. Symmetric layers name the strategy `channel` or `group`, as vLLM reads it.
@@ -9,6 +9,10 @@ Two of its formats are used, because compressed-tensors 0.20 with transformers 5
 * embedding and LM head: `int-quantized`. `<layer>.weight` is the int8 array itself, because transformers initializes
   an embedding through its `weight` and fails where it is packed. Tied ones are stored once: the LM head has only a
   `.weight_scale`, the embedding's, and `tie_word_embeddings` gives it the embedding's integers.
+* linear layers whose inputs are rounded too (`activations.py`): `int-quantized` as well, which vLLM reads as W8A8, with
+  `input_activations` in their group. Static ones have `.input_scale` [1] float32 and, unless symmetric,
+  `.input_zero_point` [1] int8. FP8 weights are `float-quantized`: `.weight` is float8_e4m3fn.
+* a quantized KV cache: `kv_cache_scheme`, and `self_attn.k_scale` and `.v_scale` [1] float32 of every block.
 
 Real-valued zero points (`grid.quantize_from`) are stored as float32, which `zp_dtype` says; then -zero_point * scale
 gives back the offset, a float16, to the last bit. Stock transformers recovers them; other readers have not been tried.
@@ -28,10 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.calibration.tensor_files import Tensors
+from tasks.quantization.activations import Format, Inputs
 from tasks.quantization.packing import pack, unpack
 
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
+FLOAT = "float-quantized"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +51,13 @@ class QuantizedWeight:
     zero_point: NDArray[np.uint8] | NDArray[np.float32] | None  # [out, groups]; None when symmetric; float32: any real
     bits: int
     group_size: int | None  # consecutive inputs that share a scale; None: the whole row, and groups is 1
+    inputs: Inputs | None = None  # how the layer's inputs are rounded; None: they are not
+    format: Format = "int8"  # float8_e4m3: `integers` are the bits of FP8 values, as uint8
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight's values, [out, in] float32."""
+        if self.format == "float8_e4m3":
+            return _float8(self.integers) * self.scale
         out_features, in_features = self.integers.shape
         values = self.integers.reshape(out_features, self.scale.shape[1], -1).astype(np.float32)
         if self.zero_point is not None:
@@ -76,6 +86,14 @@ class QuantizedWeight:
         return self.integers.size * self.bits + self.scale.size * 16 + zero_points
 
 
+def _float8(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """What bits of float8_e4m3fn, as uint8, stand for."""
+    import torch
+
+    values: NDArray[np.float32] = torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
+    return values
+
+
 def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedWeight]:
     """Every weight of a checkpoint, float or quantized, by the name of the module's parameter.
 
@@ -86,7 +104,8 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
             pack-quantized and int-quantized, also as llm-compressor writes them.
 
     Returns:
-        float32 arrays, and a QuantizedWeight for each `<module>.weight` that is quantized.
+        float32 arrays, and a QuantizedWeight for each `<module>.weight` that is quantized; without the scales of a KV
+        cache, see `read_cache_scales`.
 
     Raises:
         ValueError: a quantized layer is stored in a way this reader does not know.
@@ -103,16 +122,61 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
     with Tensors(checkpoint) as tensors:
         for name in tensors.names:
             module, _, parameter = name.rpartition(".")
-            if tied and module == "lm_head":
+            if (tied and module == "lm_head") or (quantization and parameter in ("k_scale", "v_scale")):
                 continue
             if quantization is not None and f"{module}.weight_scale" in tensors:
                 if parameter in ("weight", "weight_packed"):
                     weights[f"{module}.weight"] = _read_quantized(tensors, module, quantization)
-                elif not parameter.startswith("weight_"):
+                elif not parameter.startswith(("weight_", "input_")):
                     weights[name] = tensors.floats(name)
             else:
                 weights[name] = tensors.floats(name)
     return weights
+
+
+def read_inputs(checkpoint: Path) -> dict[str, Inputs]:
+    """How the inputs of layers are rounded, by the layer's name; those that are not are absent."""
+    quantization = json.loads((checkpoint / "config.json").read_text()).get("quantization_config")
+    if not quantization:
+        return {}
+    found: dict[str, Inputs] = {}
+    with Tensors(checkpoint) as tensors:
+        for name in tensors.names:
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight_scale":
+                inputs = _read_inputs(tensors, module, _group(module, quantization).get("input_activations"))
+                found |= {module: inputs} if inputs else {}
+    return found
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """How a quantized KV cache is kept."""
+
+    format: Format
+    of_blocks: tuple[tuple[float, float], ...]  # of keys (after their rotation) and of values
+
+
+def read_cache_scales(checkpoint: Path) -> CacheScales | None:
+    """The scales of the KV cache; None where the checkpoint has none.
+
+    Raises:
+        ValueError: it is quantized in another way than symmetrically, with 8 bits and one static scale per block.
+    """
+    config = json.loads((checkpoint / "config.json").read_text())
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if not scheme:
+        return None
+    expected = {"num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}
+    got = {key: scheme.get(key, value) for key, value in expected.items()}
+    if got != expected:
+        raise ValueError(f"The KV cache must be quantized with {expected}; got {got}. Quantize the model again.")
+    blocks = []
+    with Tensors(checkpoint) as tensors:
+        for index in range(int(config["num_hidden_layers"])):
+            key, value = (tensors.floats(f"model.layers.{index}.self_attn.{name}_scale").item() for name in "kv")
+            blocks.append((float(key), float(value)))
+    return CacheScales("float8_e4m3" if scheme.get("type") == "float" else "int8", tuple(blocks))
 
 
 def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
@@ -121,12 +185,15 @@ def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, An
             f"{module} must keep its inputs in order; it has an activation order (weight_g_idx). "
             "Quantize the model again without `actorder`."
         )
-    arguments = _scheme(module, quantization)
+    group = _group(module, quantization)
+    arguments, inputs = group["weights"], _read_inputs(tensors, module, group.get("input_activations"))
     bits = int(arguments["num_bits"])
+    if arguments.get("type") == "float" and bits == 8 and arguments.get("strategy") == "channel":
+        return _read_float8(tensors, module, inputs)
     if arguments.get("type", "int") != "int" or not 1 <= bits <= 8:
         raise ValueError(
-            f"{module} must be quantized to integers of at most 8 bits; got {bits}-bit {arguments.get('type')}. "
-            "Start from the model before it was quantized."
+            f"{module} must be quantized to integers of at most 8 bits, or to FP8 per channel; got {bits}-bit "
+            f"{arguments.get('type')}. Start from the model before it was quantized."
         )
     offset = 1 << (bits - 1)
     scale = tensors.floats(f"{module}.weight_scale")
@@ -146,32 +213,74 @@ def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, An
     whole_row = num_groups == 1 and arguments.get("strategy") != "group"
     group_size = None if whole_row else in_features // num_groups
     if arguments.get("symmetric", True):
-        return QuantizedWeight((stored.astype(np.int16) - offset).astype(np.int8), scale, None, bits, group_size)
+        signed = (stored.astype(np.int16) - offset).astype(np.int8)
+        return QuantizedWeight(signed, scale, None, bits, group_size, inputs)
     points = tensors.tensor(f"{module}.weight_zero_point").numpy()
     if points.dtype == np.float32:
-        return QuantizedWeight(stored, scale, points + np.float32(offset), bits, group_size)
+        return QuantizedWeight(stored, scale, points + np.float32(offset), bits, group_size, inputs)
     if points.dtype == np.int32:  # packed down the rows, as the strategies group and channel have it
         zero_point = np.ascontiguousarray(unpack(np.ascontiguousarray(points.T), bits, out_features).T)
     else:
         zero_point = (points.astype(np.int16) + offset).astype(np.uint8)
-    return QuantizedWeight(stored, scale, zero_point, bits, group_size)
+    return QuantizedWeight(stored, scale, zero_point, bits, group_size, inputs)
 
 
-def _scheme(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Arguments of the group that `module` belongs to: by exact name, else by pattern, else by class."""
+def _read_float8(tensors: Tensors, module: str, inputs: Inputs | None) -> QuantizedWeight:
+    import torch
+
+    bits = tensors.tensor(f"{module}.weight").view(torch.uint8).numpy()
+    scale = tensors.floats(f"{module}.weight_scale").reshape(-1, 1)
+    return QuantizedWeight(bits, scale, None, 8, None, inputs, format="float8_e4m3")
+
+
+def _read_inputs(tensors: Tensors, module: str, arguments: Mapping[str, Any] | None) -> Inputs | None:
+    if arguments is None:
+        return None
+    kind: Format = "float8_e4m3" if arguments.get("type") == "float" else "int8"
+    dynamic, symmetric = bool(arguments.get("dynamic")), bool(arguments.get("symmetric", True))
+    expected = ("token", 8, True) if dynamic else ("tensor", 8, symmetric)
+    got = (arguments.get("strategy"), int(arguments["num_bits"]), symmetric)
+    if got != expected:
+        raise ValueError(
+            f"Inputs of {module} must be rounded to 8 bits with one static scale, or symmetric ones per token; got "
+            f"{got[1]} bits, strategy {got[0]}, dynamic {dynamic}, symmetric {symmetric}. Quantize the model again."
+        )
+    if dynamic:
+        return Inputs(kind)
+    point = f"{module}.input_zero_point"
+    zero_point = 0 if symmetric else int(tensors.tensor(point).item())
+    return Inputs(kind, float(tensors.floats(f"{module}.input_scale").item()), zero_point, symmetric)
+
+
+def _group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of `config_groups` that `module` belongs to: by exact name, else by pattern, else by class."""
     kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
     groups = quantization["config_groups"].values()
     by_name = [group for group in groups if module in group["targets"]]
     by_pattern = [group for group in groups if any(_matches(target, module) for target in group["targets"])]
     by_class = [group for group in groups if kind in group["targets"]]
     for group in by_name + by_pattern + by_class:
-        weights: Mapping[str, Any] = group["weights"]
-        return weights
+        return group  # type: ignore[no-any-return]
     raise ValueError(f"{module} is quantized, but no group of quantization_config names it. Save the model again.")
 
 
 def _matches(target: str, module: str) -> bool:
     return target.startswith("re:") and re.match(target[3:], module) is not None
+
+
+def is_plain(weight: QuantizedWeight) -> bool:
+    """Whether a linear layer is stored as `plain_tensors`: those that compute with rounded inputs, and FP8."""
+    return weight.inputs is not None or weight.format != "int8"
+
+
+def linear_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
+    """What the file holds for a linear layer of a block."""
+    return plain_tensors(module, weight) if is_plain(weight) else packed_tensors(module, weight)
+
+
+def linear_scheme(weight: QuantizedWeight) -> "Scheme":
+    """How `linear_tensors` stores a layer."""
+    return plain_scheme(weight) if is_plain(weight) else packed_scheme(weight)
 
 
 def packed_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
@@ -186,8 +295,22 @@ def packed_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[An
 
 
 def plain_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
-    """What the file holds for an embedding or LM head, in the format int-quantized."""
+    """What the file holds for an embedding, an LM head or a W8A8 layer, in the formats int- and float-quantized."""
+    if weight.format == "float8_e4m3":
+        import ml_dtypes
+
+        return {f"{module}.weight": weight.integers.view(ml_dtypes.float8_e4m3fn), **_scales(module, weight)}
     return {f"{module}.weight": _signed(weight.integers, weight), **_scales(module, weight)}
+
+
+def input_tensors(module: str, inputs: Inputs) -> dict[str, NDArray[Any]]:
+    """What the file holds for a layer's static inputs; nothing for those per token."""
+    if inputs.scale is None:
+        return {}
+    tensors: dict[str, NDArray[Any]] = {f"{module}.input_scale": np.array([inputs.scale], dtype=np.float32)}
+    if not inputs.symmetric:
+        tensors[f"{module}.input_zero_point"] = np.array([inputs.zero_point], dtype=np.int8)
+    return tensors
 
 
 def tied_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
@@ -220,12 +343,18 @@ class Scheme:
     strategy: str
     group_size: int | None
     real_zero_point: bool = False
+    inputs: tuple[tuple[str, object], ...] = ()  # of `input_activations`
+
+    @property
+    def of_tables(self) -> bool:
+        """Whether only an embedding or LM head is stored like this."""
+        return self.format == PLAIN and not self.inputs
 
     def options(self, targets: list[str]) -> dict[str, Any]:
         """The group of `config_groups` for these layers."""
         weights: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "int",
+            "type": "float" if self.format == FLOAT else "int",
             "symmetric": self.symmetric,
             "strategy": self.strategy,
             "dynamic": False,
@@ -236,7 +365,8 @@ class Scheme:
             weights["group_size"] = self.group_size
         if self.strategy == "block":
             weights["block_structure"] = [1, self.group_size]
-        return {"targets": targets, "format": self.format, "weights": weights}
+        group = {"targets": targets, "format": self.format, "weights": weights}
+        return group | {"input_activations": dict(self.inputs)} if self.inputs else group
 
 
 def packed_scheme(weight: QuantizedWeight) -> Scheme:
@@ -250,22 +380,29 @@ def packed_scheme(weight: QuantizedWeight) -> Scheme:
 def plain_scheme(weight: QuantizedWeight) -> Scheme:
     """How `plain_tensors` and `tied_tensors` store a layer."""
     strategy = "group" if weight.group_size else "channel"
-    return Scheme(PLAIN, weight.bits, weight.zero_point is None, strategy, weight.group_size)
+    format = FLOAT if weight.format == "float8_e4m3" else PLAIN
+    inputs = tuple(weight.inputs.arguments.items()) if weight.inputs else ()
+    return Scheme(format, weight.bits, weight.zero_point is None, strategy, weight.group_size, inputs=inputs)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], left_float: list[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], left_float: list[str], kv_cache: Format | None = None
+) -> dict[str, Any]:
     """`quantization_config` of config.json.
 
     Args:
         schemes: of every quantized layer, by its name.
         left_float: linear layers that are not quantized.
+        kv_cache: how keys and values are kept.
     """
     targets: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
         targets.setdefault(scheme, []).append(module)
     formats = sorted({scheme.format for scheme in targets})
-    linear = [scheme for scheme in targets if scheme.format == PACKED]
+    linear = [scheme for scheme in targets if not scheme.of_tables]
+    cache = {"kv_cache_scheme": dict(Inputs(kv_cache, 1.0).arguments)} if kv_cache else {}
     return {
+        **cache,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",

@@ -11,11 +11,12 @@ Hessian has no Cholesky factor, damping grows tenfold, at most to the mean of it
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tasks.quantization.mixed import Weights
-from tasks.quantization.ranges import Grid, Targets, fit
+from tasks.quantization.mixed import IntegerWeights
+from tasks.quantization.ranges import Float8, Grid, fit
 from tasks.quantization.rtn import round_to_nearest, stored
+from tasks.quantization.targets import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ class Gptq(Targets, frozen=True, extra="forbid"):
     """Round weights so that a layer's outputs on the calibration tokens change least; block by block."""
 
     method: Literal["gptq"] = "gptq"
-    weights: Weights = Field(
+    weights: IntegerWeights = Field(
         Grid(bits=4, group_size=32),
         description="Grid of the linear layers of every block, or `choices` of grids and a budget.",
     )
@@ -40,8 +41,15 @@ class Gptq(Targets, frozen=True, extra="forbid"):
         False, description="Before, scale the inputs of layers so that those that matter lose less (AWQ)."
     )
 
-    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
+    @model_validator(mode="after")
+    def _inputs_are_scaled_once(self) -> "Gptq":
+        if self.awq and self.activations and self.activations.smooth:
+            raise ValueError("`awq` and `activations.smooth` scale the same inputs; keep one of them.")
+        return self
+
+    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
+        assert isinstance(grid, Grid)
         return round_to_nearest(weight, grid, layer)
 
     def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from tasks.quantization.ranges import Grid
+from tasks.quantization.ranges import Float8, Grid
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -65,16 +65,22 @@ class Mixed(BaseModel, frozen=True, extra="forbid"):
 
 
 def _kind(value: Any) -> str:
-    return "mixed" if isinstance(value, Mixed) or (isinstance(value, dict) and "choices" in value) else "grid"
+    if isinstance(value, Mixed) or (isinstance(value, dict) and "choices" in value):
+        return "mixed"
+    return "float8" if isinstance(value, Float8) or (isinstance(value, dict) and "format" in value) else "grid"
 
 
-Weights = Annotated[Annotated[Grid, Tag("grid")] | Annotated[Mixed, Tag("mixed")], Discriminator(_kind)]
+_Grid = Annotated[Grid, Tag("grid")]
+_Mixed = Annotated[Mixed, Tag("mixed")]
+IntegerWeights = Annotated[_Grid | _Mixed, Discriminator(_kind)]
 """One grid for all linear layers, or a choice for each part; a mapping with `choices` is the latter."""
+Weights = Annotated[_Grid | _Mixed | Annotated[Float8, Tag("float8")], Discriminator(_kind)]
+"""These, or FP8; a mapping with `format` is that."""
 
 
-def possible_grids(weights: Grid | Mixed, embeddings: Grid | None) -> tuple[Grid, ...]:
+def possible_grids(weights: Grid | Float8 | Mixed, embeddings: Grid | None) -> tuple[Grid | Float8, ...]:
     """Every grid that a method with these options may put weights on."""
-    if isinstance(weights, Grid):
+    if not isinstance(weights, Mixed):
         return (weights, embeddings) if embeddings else (weights,)
     tables = weights.embedding_choices or ((embeddings,) if embeddings else ())
     return (*weights.choices, *tables)

@@ -56,23 +56,10 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class Targets(BaseModel, frozen=True, extra="forbid"):
-    """What every quantization method can be told about the layers beside those of the blocks."""
+class Float8(BaseModel, frozen=True, extra="forbid"):
+    """FP8 (float8_e4m3fn) with one scale per row, for GPUs: largest weight / 448."""
 
-    embeddings: Grid | None = Field(
-        Grid(),
-        description="Grid of the embedding and the LM head, which are rounded to nearest; tied ones share their "
-        "integers. null: float32.",
-    )
-    ignore: tuple[str, ...] = Field(
-        (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
-    )
-
-    @model_validator(mode="after")
-    def _tables_have_integer_zero_points(self) -> "Targets":
-        if self.embeddings and self.embeddings.zero_point == "real":
-            raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
-        return self
+    format: Literal["float8_e4m3"]
 
 
 def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None" = None) -> "Affine":

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tasks.quantization.mixed import Weights
-from tasks.quantization.ranges import Grid, Targets, fit
+from tasks.quantization.ranges import Float8, Grid, fit
+from tasks.quantization.targets import Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +29,13 @@ class RoundToNearest(Targets, frozen=True, extra="forbid"):
 
     method: Literal["rtn"] = "rtn"
     weights: Weights = Field(
-        Grid(), description="Grid of the linear layers of every block, or `choices` of grids and a budget."
+        Grid(), description="Grid of the linear layers of every block; or FP8; or `choices` of grids and a budget."
     )
 
-    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""
+        if isinstance(grid, Float8):
+            return nearest_float8(weight, layer)
         return round_to_nearest(weight, grid, layer)
 
 
@@ -58,6 +61,35 @@ def round_to_nearest(weight: "Tensor", options: Grid, layer: str) -> "QuantizedW
         rows = slice(start, start + ROWS_AT_ONCE)
         integers[rows] = grids.each(itemgetter(rows)).quantize(groups[rows])
     return stored(integers.reshape(weight.shape), affine, options.group_size)
+
+
+def nearest_float8(weight: "Tensor", layer: str) -> "QuantizedWeight":
+    """`weight` [out, in] float32, finite, as the nearest values of FP8 times one scale per row: max / 448.
+
+    Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433, section 3 (E4M3: 448 is the largest).
+    """
+    import torch
+
+    from tasks.quantization.activations import LARGEST_FLOAT8
+    from tasks.quantization.checkpoint_format import QuantizedWeight
+    from tasks.quantization.grid import storable
+
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {int((~weight.isfinite()).sum())} of {weight.numel()} weights of {layer} are NaN "
+            "or infinite. The checkpoint is damaged or its training diverged: use another."
+        )
+    scale = storable(torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0))
+    values = (weight / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+    return QuantizedWeight(
+        integers=values.view(torch.uint8).numpy(),
+        scale=scale.numpy(),
+        zero_point=None,
+        bits=8,
+        group_size=None,
+        format="float8_e4m3",
+    )
 
 
 def stored(integers: "Tensor", affine: "Affine", group_size: int | None) -> "QuantizedWeight":

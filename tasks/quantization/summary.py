@@ -1,12 +1,15 @@
 """What quantization made of a checkpoint, layer by layer and as a whole."""
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
+from tasks.quantization.input_scales import Calibrated
 from tasks.quantization.mixed import Allocation, counts
 from tasks.quantization.rtn import ROWS_AT_ONCE
 
@@ -25,6 +28,9 @@ class QuantizedLayer(BaseModel, frozen=True):
     sqnr_db: float | None  # 20 log10(||W|| / ||W - W'||); None where nothing was lost
     output_error: float | None  # ||(W - W') X|| / ||W X|| on the calibration tokens; None: a method that reads none
     note: str  # what the method had to do; empty: nothing unusual
+    inputs: Literal["float", "static", "per token"] = "float"  # how the layer's inputs are rounded
+    input_range: tuple[float, float] | None = None  # of static ones: what was covered
+    input_relative_error: float | None = None  # of static ones: ||x - x'|| / ||x|| on the calibration tokens
 
 
 class Choice(BaseModel, frozen=True):
@@ -105,6 +111,16 @@ def measure(
         note=note,
     )
     return Measured(layer=layer, error_squared=error_squared, norm_squared=norm_squared, scheme=scheme)
+
+
+def with_inputs(measured: Measured, inputs: Inputs | None, found: Calibrated | None) -> Measured:
+    """The layer's figures, with what calibration found for its inputs."""
+    if inputs is None:
+        return measured
+    about: dict[str, object] = {"inputs": "per token"}
+    if found:
+        about = {"inputs": "static", "input_range": found.range, "input_relative_error": found.relative_error}
+    return measured.model_copy(update={"layer": measured.layer.model_copy(update=about)})
 
 
 def summarize(
