@@ -19,7 +19,6 @@ from infra.settings import settings
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
 from tasks.engines import Engine, label
-from tasks.quantization import Grid
 
 FLOAT32_BYTES = 4
 TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
@@ -107,8 +106,7 @@ def notes(recipe: Recipe) -> list[str]:
     ]
     for name, candidate in recipe.candidates.items():
         trained = candidate.distillation or candidate.recovery
-        grid = candidate.quantization.weights if candidate.quantization else None
-        if trained and isinstance(grid, Grid) and grid.zero_point == "real":
+        if trained and candidate.quantization and candidate.quantization.weights.zero_point == "real":
             found.append(
                 f"{name}: `zero_point: real` rounds weights back to the grid that a quantized source came from, and "
                 "takes away what training had changed (docs/quantization.md). Prefer `method: gptq` with integer zero "

@@ -21,7 +21,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import Float8, QuantizationMethod
+from tasks.quantization import QuantizationMethod
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
@@ -130,7 +130,7 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
 
 def _quantization_words(method: QuantizationMethod) -> str:
     grid, options = method.weights, method.activations
-    if isinstance(grid, Float8):
+    if grid.format == "float8_e4m3":
         words = "W8 FP8 per channel"
     else:
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"

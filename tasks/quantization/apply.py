@@ -18,7 +18,7 @@ from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer, load_model
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import calibration_batches
-from tasks.quantization import Float8, Gptq, Grid, QuantizationMethod
+from tasks.quantization import Gptq, Grid, QuantizationMethod
 from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import (
     QuantizedWeight,
@@ -112,7 +112,7 @@ def quantize_checkpoint(
         tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
         config["tie_word_embeddings"] = tied
         grids = _grids(method, family, int(config[family.num_layers_option]), tied)
-        kinds = kinds_of_inputs(method.activations, [module for module in linears if grids[module]])
+        kinds = kinds_of_inputs(method.activations, linears, [module for module in linears if grids[module]])
         schemes: dict[str, Scheme] = {}
         layers: list[QuantizedLayer] = []
         error_squared = norm_squared = 0.0
@@ -138,9 +138,7 @@ def quantize_checkpoint(
 
         changed: dict[str, Tensor] = {}
         if method.method == "gptq":
-            calibrated = {
-                module: grid for module, grid in grids.items() if isinstance(grid, Grid) and module in linears
-            }
+            calibrated = {module: grid for module, grid in grids.items() if grid and module in linears}
             changed = _quantize_blocks(source, data, family, method, calibrated, add, report)
         for step, name in enumerate(names, start=1):
             module = name.removesuffix(".weight")
@@ -279,11 +277,9 @@ def _quantize_blocks(
     return changed
 
 
-def _grids(
-    method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool
-) -> dict[str, Grid | Float8 | None]:
+def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
     """The grid of every layer that could be quantized; None where it is left alone."""
-    modules: dict[str, Grid | Float8 | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
+    modules: dict[str, Grid | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
     modules[family.embedding] = method.embeddings
     modules[family.lm_head] = method.embeddings
     for module in matching(list(modules), method.ignore):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tasks.quantization.ranges import Float8, Grid, Targets, fit
+from tasks.quantization.ranges import Grid, Targets, fit
 from tasks.quantization.rtn import round_to_nearest, stored
 
 if TYPE_CHECKING:
@@ -37,14 +37,15 @@ class Gptq(Targets, frozen=True, extra="forbid"):
     )
 
     @model_validator(mode="after")
-    def _inputs_are_scaled_once(self) -> "Gptq":
+    def _options_fit_together(self) -> "Gptq":
+        if self.weights.format == "float8_e4m3":
+            raise ValueError("GPTQ rounds to integers; use `method: rtn` for FP8 weights.")
         if self.awq and self.activations and self.activations.smooth:
             raise ValueError("`awq` and `activations.smooth` scale the same inputs; keep one of them.")
         return self
 
-    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
-        assert isinstance(grid, Grid)
         return round_to_nearest(weight, grid, layer)
 
     def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":

@@ -27,6 +27,9 @@ ROWS_PER_SEARCH = 2048
 class Grid(BaseModel, frozen=True, extra="forbid"):
     """Which integers stand for which weights."""
 
+    format: Literal["integer", "float8_e4m3"] = Field(
+        "integer", description="float8_e4m3: FP8 with one scale per row, for GPUs; 8 bits, no other option applies."
+    )
     bits: int = Field(8, ge=2, le=8, description="Bits per weight; the engines take 4 and 8.")
     symmetric: bool = Field(True, description="Zero is the integer 0; otherwise a zero point is stored too.")
     group_size: int | None = Field(
@@ -43,16 +46,19 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     )
 
     @model_validator(mode="after")
+    def _float8_has_no_options(self) -> "Grid":
+        others = self.model_copy(update={"format": "integer"})
+        if self.format == "float8_e4m3" and others != Grid():
+            raise ValueError(
+                "FP8 has 8 bits, one scale per row, no zero point and covers every weight; drop the other options."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _only_asymmetric_grids_have_zero_points(self) -> "Grid":
         if self.symmetric and self.zero_point == "real":
             raise ValueError("a symmetric grid has no zero point; set `symmetric: false`, or drop `zero_point`.")
         return self
-
-
-class Float8(BaseModel, frozen=True, extra="forbid"):
-    """FP8 (float8_e4m3fn) with one scale per row, for GPUs: largest weight / 448."""
-
-    format: Literal["float8_e4m3"]
 
 
 class Targets(BaseModel, frozen=True, extra="forbid"):
@@ -66,7 +72,7 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
     ignore: tuple[str, ...] = Field(
         (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
     )
-    weights: Grid | Float8
+    weights: Grid
     activations: Activations | None = Field(None, description="Round the inputs of linear layers too; null: float.")
     kv_cache: Format | None = Field(
         None, description="Keys and values of attention, with a calibrated scale per layer; null: the engine decides."
@@ -76,6 +82,8 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
     def _tables_have_integer_zero_points(self) -> "Targets":
         if self.embeddings and self.embeddings.zero_point == "real":
             raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
+        if self.embeddings and self.embeddings.format == "float8_e4m3":
+            raise ValueError("embeddings are integers or float32: drop their `format`, or set `embeddings: null`.")
         return self
 
     @model_validator(mode="after")
@@ -83,12 +91,12 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
         if not self.activations:
             return self
         weights = self.weights
-        if isinstance(weights, Float8) != (self.activations.format == "float8_e4m3"):
+        if (weights.format == "float8_e4m3") != (self.activations.format == "float8_e4m3"):
             raise ValueError(
                 "weights and activations must both be integers or both FP8; set `format: float8_e4m3` in both or in "
                 "neither."
             )
-        if isinstance(weights, Grid) and (weights.bits, weights.group_size, weights.symmetric) != (8, None, True):
+        if (weights.bits, weights.group_size, weights.symmetric) != (8, None, True):
             raise ValueError(
                 "integer products with rounded inputs need weights of 8 bits, symmetric, with one scale per row; got "
                 f"{weights.bits} bits, group_size {weights.group_size}, symmetric {weights.symmetric}. "

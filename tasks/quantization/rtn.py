@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tasks.quantization.ranges import Float8, Grid, Targets, fit
+from tasks.quantization.ranges import Grid, Targets, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +22,11 @@ class RoundToNearest(Targets, frozen=True, extra="forbid"):
     """Round every weight to the nearest value of its grid; needs no data."""
 
     method: Literal["rtn"] = "rtn"
-    weights: Grid | Float8 = Field(Grid(), description="Grid of the linear layers of every block; or FP8.")
+    weights: Grid = Field(Grid(), description="Grid of the linear layers of every block.")
 
-    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""
-        if isinstance(grid, Float8):
+        if grid.format == "float8_e4m3":
             return nearest_float8(weight, layer)
         return round_to_nearest(weight, grid, layer)
 
