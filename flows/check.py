@@ -19,7 +19,6 @@ from infra.settings import settings
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
 from tasks.engines import Engine, label
-from tasks.quantization import Grid
 from tasks.quantization.mixed import possible_grids
 
 FLOAT32_BYTES = 4
@@ -110,7 +109,7 @@ def notes(recipe: Recipe) -> list[str]:
         trained = candidate.distillation or candidate.recovery
         method = candidate.quantization
         grids = possible_grids(method.weights, method.embeddings) if method else ()
-        if trained and any(isinstance(grid, Grid) and grid.zero_point == "real" for grid in grids):
+        if trained and any(grid.zero_point == "real" for grid in grids):
             found.append(
                 f"{name}: `zero_point: real` rounds weights back to the grid that a quantized source came from, and "
                 "takes away what training had changed (docs/quantization.md). Prefer `method: gptq` with integer zero "

@@ -21,7 +21,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import Float8, Grid, QuantizationMethod
+from tasks.quantization import Grid, QuantizationMethod
 from tasks.quantization.mixed import Mixed
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
@@ -137,11 +137,11 @@ def _quantization_words(method: QuantizationMethod) -> str:
     return words + (f", KV cache {method.kv_cache}" if method.kv_cache else "")
 
 
-def _grid_words(weights: Grid | Float8 | Mixed) -> str:
-    if isinstance(weights, Float8):
-        return "W8 FP8 per channel"
+def _grid_words(weights: Grid | Mixed) -> str:
     if isinstance(weights, Mixed):
         return f"mixed precision, {weights.budget}"
+    if weights.format == "float8_e4m3":
+        return "W8 FP8 per channel"
     granularity = f"groups of {weights.group_size}" if weights.group_size else "per channel"
     kind = "symmetric" if weights.symmetric else f"asymmetric, {weights.zero_point} zero points"
     return f"W{weights.bits} {granularity}, {kind}"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder, shape
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format, Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
@@ -66,9 +66,9 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
             return None
         return f"The engine 'onnxruntime' needs {' and '.join(absent)}. Install: pip install 'slimline[onnxruntime]'"
 
-    def cannot_hold(self, grid: Grid | Float8) -> str | None:
+    def cannot_hold(self, grid: Grid) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None if it can."""
-        if isinstance(grid, Float8):
+        if grid.format == "float8_e4m3":
             return "ONNX Runtime's CPU provider has no FP8 products. Use integers, or the engine 'tensorrt'."
         if grid.group_size is None or grid.group_size % min(BLOCK_SIZES) == 0:
             return None

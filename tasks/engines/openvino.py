@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import Decoder, Floats, Layer, Weight, read_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
@@ -57,9 +57,9 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
             return "The engine 'openvino' needs openvino. Install it: pip install 'slimline[openvino]'"
         return None
 
-    def cannot_hold(self, grid: Grid | Float8) -> str | None:
+    def cannot_hold(self, grid: Grid) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None: it takes all integers."""
-        if isinstance(grid, Float8):
+        if grid.format == "float8_e4m3":
             return "OpenVINO's CPU plugin has no FP8 products. Use integers, or the engine 'tensorrt'."
         return None
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, model_validator
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import Precision, export_decoder
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
-from tasks.quantization import Activations, Float8, Grid
+from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,9 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
             )
         return None
 
-    def cannot_hold(self, grid: Grid | Float8) -> str | None:
+    def cannot_hold(self, grid: Grid) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None if it can."""
-        if isinstance(grid, Float8) or grid.symmetric:
+        if grid.format == "float8_e4m3" or grid.symmetric:
             return None
         return "TensorRT takes no zero points; quantize with `symmetric: true` for it."
 

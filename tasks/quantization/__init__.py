@@ -6,9 +6,9 @@ from pydantic import Field
 
 from tasks.quantization.activations import Activations
 from tasks.quantization.gptq import Gptq
-from tasks.quantization.ranges import Float8, Grid
+from tasks.quantization.ranges import Grid
 from tasks.quantization.rtn import RoundToNearest
 
 QuantizationMethod = Annotated[RoundToNearest | Gptq, Field(discriminator="method")]
 
-__all__ = ["Activations", "Float8", "Gptq", "Grid", "QuantizationMethod", "RoundToNearest"]
+__all__ = ["Activations", "Gptq", "Grid", "QuantizationMethod", "RoundToNearest"]

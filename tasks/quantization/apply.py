@@ -16,7 +16,7 @@ from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.calibration.tokens import calibration_batches
-from tasks.quantization import Float8, Grid, QuantizationMethod
+from tasks.quantization import Grid, QuantizationMethod
 from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
     linear_scheme,
@@ -148,9 +148,9 @@ def _quantize(
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
         grids = _grids(method, chosen, family, num_layers, tied)
-        inputs = kinds_of_inputs(method.activations, [module for module in linears if grids[module]])
+        inputs = kinds_of_inputs(method.activations, linears, [module for module in linears if grids[module]])
         if method.method == "gptq":
-            calibrated = {name: grid for name in linears if isinstance(grid := grids[name], Grid)}
+            calibrated = {name: grid for name in linears if (grid := grids[name])}
             walk = quantize_blocks(source, tensors, data, family, method, calibrated, inputs, work, report)
             for file in walk.files:
                 writer.add_file(file)
@@ -245,12 +245,10 @@ def _smooth(
 
 def _grids(
     method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
-) -> dict[str, Grid | Float8 | None]:
+) -> dict[str, Grid | None]:
     """The grid of every layer that could be quantized; None where it is left alone."""
     every = None if isinstance(method.weights, Mixed) else method.weights
-    modules: dict[str, Grid | Float8 | None] = {
-        name: chosen.get(name, every) for name in family.all_linears(num_layers)
-    }
+    modules: dict[str, Grid | None] = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
     modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
     modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
     for module in matching(list(modules), method.ignore):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tasks.quantization.mixed import IntegerWeights
-from tasks.quantization.ranges import Float8, Grid, fit
+from tasks.quantization.mixed import Weights, possible_grids
+from tasks.quantization.ranges import Grid, fit
 from tasks.quantization.rtn import round_to_nearest, stored
 from tasks.quantization.targets import Targets
 
@@ -29,7 +29,7 @@ class Gptq(Targets, frozen=True, extra="forbid"):
     """Round weights so that a layer's outputs on the calibration tokens change least; block by block."""
 
     method: Literal["gptq"] = "gptq"
-    weights: IntegerWeights = Field(
+    weights: Weights = Field(
         Grid(bits=4, group_size=32),
         description="Grid of the linear layers of every block, or `choices` of grids and a budget.",
     )
@@ -42,14 +42,15 @@ class Gptq(Targets, frozen=True, extra="forbid"):
     )
 
     @model_validator(mode="after")
-    def _inputs_are_scaled_once(self) -> "Gptq":
+    def _options_fit_together(self) -> "Gptq":
+        if any(grid.format == "float8_e4m3" for grid in possible_grids(self.weights, None)):
+            raise ValueError("GPTQ rounds to integers; use `method: rtn` for FP8 weights.")
         if self.awq and self.activations and self.activations.smooth:
             raise ValueError("`awq` and `activations.smooth` scale the same inputs; keep one of them.")
         return self
 
-    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
-        assert isinstance(grid, Grid)
         return round_to_nearest(weight, grid, layer)
 
     def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":

@@ -4,7 +4,7 @@ One pass over the calibration tokens through the model as it is then, with quant
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +32,15 @@ class Calibrated:
     relative_error: float  # ||x - x'|| / ||x|| on the calibration tokens
 
 
-def kinds_of_inputs(options: Activations | None, layers: Sequence[str]) -> dict[str, Inputs]:
-    """How the inputs of each layer will be rounded; static ones have the scale 1 until they are calibrated.
+def kinds_of_inputs(
+    options: Activations | None, layers: Sequence[str], quantized: Collection[str]
+) -> dict[str, Inputs]:
+    """How the inputs of each quantized layer will be rounded; static ones have the scale 1 until they are calibrated.
+
+    Args:
+        options: which layers, and how.
+        layers: full names of all linear layers of blocks, which the options' patterns can match.
+        quantized: those of them whose weights are quantized; others keep their inputs.
 
     Raises:
         ValueError: a pattern in the options matches no layer, or every layer is ignored.
@@ -45,12 +52,12 @@ def kinds_of_inputs(options: Activations | None, layers: Sequence[str]) -> dict[
     kinds = {
         layer: Inputs(options.format, 1.0, 0, options.symmetric) if layer in static else Inputs(options.format)
         for layer in layers
-        if layer not in ignored
+        if layer in quantized and layer not in ignored
     }
     if not kinds:
         raise ValueError(
-            f"The inputs of at least one layer must be rounded; `activations.ignore` ({', '.join(options.ignore)}) "
-            "leaves none. Drop `activations` instead."
+            f"The inputs of at least one quantized layer must be rounded; `activations.ignore` "
+            f"({', '.join(options.ignore)}) leaves none. Drop `activations` instead."
         )
     return kinds
 
@@ -95,12 +102,19 @@ def add_scales(
     model = load_model(checkpoint)
     found: dict[str, Calibrated] = {}
     tensors = {}
-    static = [layer for layer, inputs in kinds.items() if inputs.scale is not None]
-    if options and static:
-        for layer, histogram in observe_inputs(model, batches, static, lambda _: Histogram(), report).items():
+    static = {layer for layer, inputs in kinds.items() if inputs.scale is not None}
+    steps = [
+        [layer for layer in (f"{family.block(index)}.{linear}" for linear in step) if layer in static]
+        for index in range(int(model.config.num_hidden_layers))
+        for step in family.steps
+    ]
+    together = {step[0]: step for step in steps if step}  # they read the same input, so one is watched for all
+    if options and together:
+        for first, histogram in observe_inputs(model, batches, [*together], lambda _: Histogram(), report).items():
             inputs = fitted(histogram, options)
-            found[layer] = Calibrated(covered(inputs), relative_error(histogram, inputs))
-            tensors.update(input_tensors(layer, inputs))
+            for layer in together[first]:
+                found[layer] = Calibrated(covered(inputs), relative_error(histogram, inputs))
+                tensors.update(input_tensors(layer, inputs))
     if kv_cache:
         attention = family.attention[0].rpartition(".")[0]
         for index, peaks in enumerate(cache_peaks(model, batches, report)):

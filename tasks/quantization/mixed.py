@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from tasks.quantization.ranges import Float8, Grid
+from tasks.quantization.ranges import Grid
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -52,6 +52,8 @@ class Mixed(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("mixed precision needs different choices; one is listed twice.")
         if len(self.choices) < 2 and len(self.embedding_choices) < 2:
             raise ValueError("mixed precision needs at least two choices; give more, or make it the grid of `weights`.")
+        if any(grid.format == "float8_e4m3" for grid in (*self.choices, *self.embedding_choices)):
+            raise ValueError("mixed precision chooses among integers; drop `format`.")
         if any(grid.zero_point == "real" for grid in self.embedding_choices):
             raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
         return self
@@ -65,22 +67,16 @@ class Mixed(BaseModel, frozen=True, extra="forbid"):
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Mixed) or (isinstance(value, dict) and "choices" in value):
-        return "mixed"
-    return "float8" if isinstance(value, Float8) or (isinstance(value, dict) and "format" in value) else "grid"
+    return "mixed" if isinstance(value, Mixed) or (isinstance(value, dict) and "choices" in value) else "grid"
 
 
-_Grid = Annotated[Grid, Tag("grid")]
-_Mixed = Annotated[Mixed, Tag("mixed")]
-IntegerWeights = Annotated[_Grid | _Mixed, Discriminator(_kind)]
+Weights = Annotated[Annotated[Grid, Tag("grid")] | Annotated[Mixed, Tag("mixed")], Discriminator(_kind)]
 """One grid for all linear layers, or a choice for each part; a mapping with `choices` is the latter."""
-Weights = Annotated[_Grid | _Mixed | Annotated[Float8, Tag("float8")], Discriminator(_kind)]
-"""These, or FP8; a mapping with `format` is that."""
 
 
-def possible_grids(weights: Grid | Float8 | Mixed, embeddings: Grid | None) -> tuple[Grid | Float8, ...]:
+def possible_grids(weights: Grid | Mixed, embeddings: Grid | None) -> tuple[Grid, ...]:
     """Every grid that a method with these options may put weights on."""
-    if not isinstance(weights, Mixed):
+    if isinstance(weights, Grid):
         return (weights, embeddings) if embeddings else (weights,)
     tables = weights.embedding_choices or ((embeddings,) if embeddings else ())
     return (*weights.choices, *tables)

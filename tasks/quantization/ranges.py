@@ -25,6 +25,9 @@ ROWS_PER_SEARCH = 2048
 class Grid(BaseModel, frozen=True, extra="forbid"):
     """Which integers stand for which weights."""
 
+    format: Literal["integer", "float8_e4m3"] = Field(
+        "integer", description="float8_e4m3: FP8 with one scale per row, for GPUs; 8 bits, no other option applies."
+    )
     bits: int = Field(8, ge=2, le=8, description="Bits per weight; the engines take 4 and 8.")
     symmetric: bool = Field(True, description="Zero is the integer 0; otherwise a zero point is stored too.")
     group_size: int | None = Field(
@@ -44,6 +47,15 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     )
 
     @model_validator(mode="after")
+    def _float8_has_no_options(self) -> "Grid":
+        others = self.model_copy(update={"format": "integer"})
+        if self.format == "float8_e4m3" and others != Grid():
+            raise ValueError(
+                "FP8 has 8 bits, one scale per row, no zero point and covers every weight; drop the other options."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_granularity(self) -> "Grid":
         if self.per_tensor and self.group_size:
             raise ValueError(f"`per_tensor` leaves no groups; drop it, or `group_size` ({self.group_size}).")
@@ -54,12 +66,6 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
         if self.symmetric and self.zero_point == "real":
             raise ValueError("a symmetric grid has no zero point; set `symmetric: false`, or drop `zero_point`.")
         return self
-
-
-class Float8(BaseModel, frozen=True, extra="forbid"):
-    """FP8 (float8_e4m3fn) with one scale per row, for GPUs: largest weight / 448."""
-
-    format: Literal["float8_e4m3"]
 
 
 def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None" = None) -> "Affine":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tasks.quantization.mixed import Weights
-from tasks.quantization.ranges import Float8, Grid, fit
+from tasks.quantization.ranges import Grid, fit
 from tasks.quantization.targets import Targets
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ class RoundToNearest(Targets, frozen=True, extra="forbid"):
 
     method: Literal["rtn"] = "rtn"
     weights: Weights = Field(
-        Grid(), description="Grid of the linear layers of every block; or FP8; or `choices` of grids and a budget."
+        Grid(), description="Grid of the linear layers of every block, or `choices` of grids and a budget."
     )
 
-    def quantize(self, weight: "Tensor", grid: Grid | Float8, layer: str) -> "QuantizedWeight":
+    def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
         """`weight` [out, in] float32 on `grid`; `layer` names it in errors."""
-        if isinstance(grid, Float8):
+        if grid.format == "float8_e4m3":
             return nearest_float8(weight, layer)
         return round_to_nearest(weight, grid, layer)
 

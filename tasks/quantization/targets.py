@@ -4,7 +4,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from tasks.quantization.activations import Activations, Format
 from tasks.quantization.mixed import Mixed
-from tasks.quantization.ranges import Float8, Grid
+from tasks.quantization.ranges import Grid
 
 
 class Targets(BaseModel, frozen=True, extra="forbid"):
@@ -18,7 +18,7 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
     ignore: tuple[str, ...] = Field(
         (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."
     )
-    weights: Grid | Float8 | Mixed
+    weights: Grid | Mixed
     activations: Activations | None = Field(None, description="Round the inputs of linear layers too; null: float.")
     kv_cache: Format | None = Field(
         None, description="Keys and values of attention, with a calibrated scale per layer; null: the engine decides."
@@ -28,6 +28,8 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
     def _tables_have_integer_zero_points(self) -> "Targets":
         if self.embeddings and self.embeddings.zero_point == "real":
             raise ValueError("embeddings are looked up by integer kernels: their `zero_point` must be integer.")
+        if self.embeddings and self.embeddings.format == "float8_e4m3":
+            raise ValueError("embeddings are integers or float32: drop their `format`, or set `embeddings: null`.")
         return self
 
     @model_validator(mode="after")
@@ -37,12 +39,12 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
         weights = self.weights
         if isinstance(weights, Mixed):
             raise ValueError("mixed precision is of weights alone; drop `activations`, or give `weights` one grid.")
-        if isinstance(weights, Float8) != (self.activations.format == "float8_e4m3"):
+        if (weights.format == "float8_e4m3") != (self.activations.format == "float8_e4m3"):
             raise ValueError(
                 "weights and activations must both be integers or both FP8; set `format: float8_e4m3` in both or in "
                 "neither."
             )
-        if isinstance(weights, Grid) and (weights.bits, weights.group_size, weights.symmetric) != (8, None, True):
+        if (weights.bits, weights.group_size, weights.symmetric) != (8, None, True):
             raise ValueError(
                 "integer products with rounded inputs need weights of 8 bits, symmetric, with one scale per row; got "
                 f"{weights.bits} bits, group_size {weights.group_size}, symmetric {weights.symmetric}. "

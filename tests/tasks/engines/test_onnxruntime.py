@@ -27,6 +27,7 @@ from tasks.engines import onnxruntime as engine
 from tasks.engines.decoder import Decoder, Layer, Weight, read_decoder
 from tasks.engines.onnxruntime import GRAPH_FILE, WEIGHTS_FILE, OnnxRuntime, OnnxRuntimeSession
 from tasks.quantization import Grid, RoundToNearest
+from tasks.quantization.activations import Inputs, per_token
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
@@ -368,3 +369,103 @@ def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     assert FAST.missing() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
     assert "pip install 'slimline[onnxruntime]'" in str(FAST.missing())
+
+
+def rounded(checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
+    out, data = tmp_path / "w8a8", tmp_path / "data"
+    out.mkdir()
+    data.mkdir()
+    np.save(data / "calibration.npy", tokens(16, 32).astype(np.int32))
+    method = RoundToNearest.model_validate({"embeddings": None} | options)
+    quantize_checkpoint(checkpoint=checkpoint, data=data, method=method, out=out)
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("options", [EXACT, FAST])
+def test_static_inputs_are_rounded_as_the_checkpoint_says(
+    symmetric: bool, options: OnnxRuntime, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    activations = {"static": ["*"], "symmetric": symmetric, "ignore": ["*.3.mlp.up_proj"], "range": "moving-average"}
+    checkpoint = rounded(tiny_checkpoint, tmp_path, activations=activations, ignore=["*.3.mlp.up_proj"])
+    input_ids = tokens(2, 24, seed=1)
+
+    logits = compiled(checkpoint, tmp_path / "bundle", options).prefill(input_ids, num_logits=24)
+
+    np.testing.assert_allclose(logits, reference(checkpoint, input_ids), atol=FLOAT32_ERROR, rtol=0)
+
+
+def test_inputs_per_token_are_rounded_to_8_bits_and_no_more(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of the largest input of a token, x / scale = 127.5: halfway, so the last bit of x decides between two integers.
+
+    Hence within a step here or there, and nearer to the rounded model than that is to the unrounded one.
+    """
+    checkpoint = rounded(tiny_checkpoint, tmp_path, activations={})
+    input_ids = tokens(4, 24, seed=1)
+    expected, unrounded = reference(checkpoint, input_ids), reference(tiny_checkpoint, input_ids)
+
+    logits = compiled(checkpoint, tmp_path / "bundle", FAST).prefill(input_ids, num_logits=24)
+
+    assert np.abs(logits - expected).mean() < 0.5 * np.abs(expected - unrounded).mean()
+
+
+def test_one_product_per_token_is_the_checkpoints_to_the_last_digit(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((40, 1, 64)).astype(np.float32)
+    x[3] = 0
+    weight = QuantizedWeight(
+        generator.integers(-127, 128, (48, 64), dtype=np.int8),
+        np.full((48, 1), 0.01, np.float32),
+        None,
+        8,
+        None,
+        Inputs("int8"),
+    )
+    with (tmp_path / WEIGHTS_FILE).open("wb") as file:
+        graph = engine._GraphWriter(file, "int8")
+        graph.constant("rest", np.array([-1]))
+        graph.linear("y", [weight], [None], "x")
+    value = onnx.helper.make_tensor_value_info
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            graph.nodes,
+            "product",
+            [value("x", onnx.TensorProto.FLOAT, ["tokens", 1, 64])],
+            [value("y", onnx.TensorProto.FLOAT, ["tokens", 1, 48])],
+            initializer=graph.initializers,
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(engine.MICROSOFT, 1)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / GRAPH_FILE)
+
+    (y,) = onnxruntime.InferenceSession(tmp_path / GRAPH_FILE, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+
+    expected = per_token(torch.from_numpy(x), "int8").numpy() @ weight.dequantize().T
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert not y[3].any()
+
+
+@pytest.mark.parametrize("start", [1, 30, 255])
+def test_int8_kv_cache_is_that_of_pytorch_and_a_quarter_as_large(
+    start: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = rounded(tiny_checkpoint, tmp_path, kv_cache="int8", ignore=["*.mlp.*"])
+    input_ids = tokens(2, start + 4, seed=1)
+    session = compiled(checkpoint, tmp_path / "bundle", EXACT)
+
+    first = session.prefill(input_ids[:, :start])[:, 0]
+    steps = [session.decode(input_ids[:, position]) for position in range(start, start + 4)]
+
+    expected = reference(checkpoint, input_ids)[:, start - 1 :]
+    close = np.abs(np.stack([first, *steps], 1) - expected)
+    assert np.median(close) < FLOAT32_ERROR
+    assert close.max() < 1e-2  # a key halfway between two integers goes to either
+    assert session.facts["kv_cache"] == "int8"
+    assert {buffer.dtype for buffer in session._buffers} == {np.dtype(np.int8)}
+
+
+def test_fp8_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = rounded(tiny_checkpoint, tmp_path, weights={"format": "float8_e4m3"})
+    with pytest.raises(ValueError, match="no FP8 products; layer 0's q is float8_e4m3"):
+        compiled(checkpoint, tmp_path / "bundle")

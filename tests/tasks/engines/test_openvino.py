@@ -343,3 +343,24 @@ def test_a_machine_without_the_library_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'slimline[openvino]'" in str(EXACT.missing())
     assert not EXACT.executable
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": {}}, "layer 0's q is integers with rounded inputs"),
+        ({"weights": {"format": "float8_e4m3"}}, "layer 0's q is FP8"),
+        ({"kv_cache": "int8"}, "this checkpoint has int8 ones"),
+    ],
+)
+def test_rounding_of_a_checkpoint_that_openvino_lacks_is_refused(
+    options: dict[str, Any], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out, data = tmp_path / "w8a8", tmp_path / "data"
+    out.mkdir()
+    data.mkdir()
+    np.save(data / "calibration.npy", tokens(16, 32).astype(np.int32))
+    method = RoundToNearest.model_validate(options)
+    quantize_checkpoint(checkpoint=tiny_checkpoint, data=data, method=method, out=out)
+    with pytest.raises(ValueError, match=message):
+        EXACT.compile(out, tmp_path)

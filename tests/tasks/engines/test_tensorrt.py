@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from tasks.engines import tensorrt
 from tasks.engines.decoder import read_decoder
 from tasks.engines.tensorrt import DECODE, PREFILL, TensorRT, build_plan
+from tasks.quantization import RoundToNearest
+from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 OPTIONS = TensorRT(precision="float16", max_batch_size=4, max_prompt=64, max_length=96)
@@ -152,3 +154,42 @@ def test_plan_generates_what_pytorch_does(tiny_checkpoint: Path, tmp_path: Path)
         expected = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)(torch.from_numpy(input_ids)).logits.numpy()
     np.testing.assert_allclose(logits, expected, atol=3e-2)  # float16 over four layers
     session.close()
+
+
+def rounded(checkpoint: Path, tmp_path: Path, **options: object) -> Path:
+    out, data = tmp_path / "w8a8", tmp_path / "data"
+    out.mkdir()
+    data.mkdir()
+    np.save(data / "calibration.npy", np.random.default_rng(0).integers(0, 512, (16, 32)).astype(np.int32))
+    method = RoundToNearest.model_validate({"embeddings": None} | options)
+    quantize_checkpoint(checkpoint=checkpoint, data=data, method=method, out=out)
+    return out
+
+
+@needs_builder
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_plan_of_static_w8a8_is_built(tiny_checkpoint: Path, tmp_path: Path, kind: str, precision: str) -> None:
+    weights = {"format": kind} if kind == "float8_e4m3" else {"bits": 8}
+    checkpoint = rounded(tiny_checkpoint, tmp_path, weights=weights, activations={"format": kind, "static": ["*"]})
+    (tmp_path / "out").mkdir()
+    TensorRT(precision=precision, max_length=96, max_prompt=64).compile(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out" / "model.plan").stat().st_size > 0
+
+
+@needs_builder
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": {"static": ["*.mlp.*"]}}, "layer 0's q are per token"),
+        ({"activations": {"static": ["*"], "symmetric": False}}, "layer 0's q are asymmetric"),
+        ({"kv_cache": "int8"}, "keeps a float KV cache; this one is int8"),
+    ],
+)
+def test_rounding_that_tensorrt_lacks_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    checkpoint = rounded(tiny_checkpoint, tmp_path, **options)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=message):
+        OPTIONS.compile(checkpoint, tmp_path / "out")
