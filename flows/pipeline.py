@@ -16,7 +16,7 @@ from tasks.data import prepare_data
 from tasks.distill import distill, recover
 from tasks.engines import label
 from tasks.prune import prune
-from tasks.quantize import quantize
+from tasks.quantize import quantize, train_quantized
 from tasks.validate import measure_quality, measure_reference, measure_speed
 
 Run = Callable[..., StageResult]
@@ -101,7 +101,18 @@ def _compress(
                 seed=recipe.seed,
             )
     if candidate.quantization:
+        unquantized = checkpoint
         checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=candidate.quantization)
+        if candidate.quantization_training:
+            checkpoint = run(
+                train_quantized,
+                name,
+                checkpoint=checkpoint,
+                teacher=unquantized,
+                data=data,
+                options=candidate.quantization_training,
+                seed=recipe.seed,
+            )
     return checkpoint
 
 

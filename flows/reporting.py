@@ -128,6 +128,9 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
         granularity = f"groups of {grid.group_size}" if grid.group_size else "per channel"
         kind = "symmetric" if grid.symmetric else f"asymmetric, {grid.zero_point} zero points"
         steps.append(f"W{grid.bits} {granularity}, {kind}{_method_words(candidate.quantization)}")
+    if candidate.quantization_training:
+        trained = "scales" if candidate.quantization_training.train == "scales" else "weights and scales"
+        steps.append(f"{trained} trained after it")
     return "; ".join(steps) or "unchanged"
 
 

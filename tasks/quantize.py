@@ -1,12 +1,15 @@
-"""Task: store the weights of a checkpoint in fewer bits."""
+"""Tasks: store the weights of a checkpoint in fewer bits; train what that gave to recover."""
 
 from prefect import task
 
-from infra.caching import stage_policy
-from infra.stage import run_stage
+from infra.caching import stage_key, stage_policy
+from infra.stage import run_stage, work_directory
 from infra.tracking import Parent, StageResult
 from tasks.quantization import QuantizationMethod
 from tasks.quantization.apply import QuantizationSummary
+from tasks.quantization.training import QuantizationTraining, QuantizationTrainingSummary
+
+TRAINING = ("tasks.quantization.training", ("torch", "transformers", "accelerate", "compressed-tensors"))
 
 
 @task(
@@ -31,4 +34,44 @@ def quantize(
         kind="checkpoint",
         label=label,
         is_model=True,
+    )
+
+
+@task(
+    name="train-quantized",
+    task_run_name="train-quantized-{label}",
+    cache_policy=stage_policy(TRAINING[0], *TRAINING[1]),
+    persist_result=True,
+    result_serializer="json",
+)
+def train_quantized(
+    checkpoint: StageResult,
+    teacher: StageResult,
+    data: StageResult,
+    options: QuantizationTraining,
+    seed: int,
+    *,
+    parent: Parent,
+    label: str = "",
+) -> StageResult:
+    """The quantized `checkpoint`, trained on the answers of the float model it was made from."""
+    content = {"checkpoint": checkpoint, "teacher": teacher, "data": data, "options": options, "seed": seed}
+    return run_stage(
+        "train-quantized",
+        "tasks.quantization.training:train_quantized",
+        parent=parent,
+        inputs=[checkpoint, teacher, data],
+        arguments={
+            "checkpoint": checkpoint.artifact.path,
+            "teacher": teacher.artifact.path,
+            "data": data.artifact.path,
+            "options": options,
+            "seed": seed,
+        },
+        params={"quantization_training": options, "seed": seed},
+        result=QuantizationTrainingSummary,
+        kind="checkpoint",
+        label=label,
+        is_model=True,
+        work_dir=work_directory(stage_key("train-quantized", content, *TRAINING, None)),
     )

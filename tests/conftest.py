@@ -1,10 +1,12 @@
 """Fixtures shared by the suite: a tiny but real decoder, so that every stage runs for real in seconds."""
 
 import inspect
+import json
 import os
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,4 +56,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.mul_(6)
     model.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare_data` writes for the tiny model, as far as training reads it: sequences of 32 tokens."""
+    from tasks.calibration.checkpoints import load_tokenizer, tokenizer_digest
+
+    out = tmp_path_factory.mktemp("data")
+    ids = load_tokenizer(tiny_checkpoint)(inspect.getsource(textwrap))["input_ids"]
+    sequences = np.array(ids[: len(ids) // 32 * 32], dtype=np.int32).reshape(-1, 32)
+    np.save(out / "calibration.npy", sequences[:12])
+    np.save(out / "training.npy", sequences[12:])
+    record = {"tokenizer_sha256": tokenizer_digest(tiny_checkpoint), "vocab_size": 512}
+    (out / "data.json").write_text(json.dumps(record))
     return out
