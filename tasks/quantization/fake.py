@@ -11,9 +11,10 @@ That is Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv:1902.0815
 et al., LSQ+, CVPRW 2020, arXiv:2004.09576, section 3. Where integers stay as they are, dw'/ds = q - z, as in
 EfficientQAT (Chen et al., ACL 2025, arXiv:2407.11062, section 3.3), which leaves zero points as they are too.
 
-Deviations: "inside" is what rounds into the range, where LSQ takes Qn < v < Qp, because weights begin exactly on their
-grid, and the largest of each group would begin outside. Scales are s = s_0 exp(t) with t trained: they stay positive,
-and a step of AdamW changes small and large ones by the same factor.
+Deviations: "inside" is what rounds into the range, where LSQ takes Qn < v < Qp, because weights that begin exactly on
+their grid would begin outside where they are the largest of their group. Scales are s = s_0 exp(SPEED t) with t
+trained: they stay positive, and a step of AdamW changes small and large ones by the same factor, about SPEED times the
+learning rate. With one learning rate for all, weights would be moved too far or scales too little.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
+SPEED = 10.0
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -72,12 +74,12 @@ def fake_quantize(weight: Tensor, affine: Affine) -> Tensor:
 class TrainableWeight(nn.Module):
     """A quantized weight [out, in] whose scales are trained, and its weights too where it has latent ones.
 
-    Parameters begin at zero, but for the latent weights. Integers, zero points and first scales are no part of the
-    state: they come from the quantized checkpoint.
+    Parameters begin at zero, but for the latent weights, given de-quantized. Integers, zero points and first scales are
+    no part of the state: they come from the quantized checkpoint.
     """
 
-    log_scale: nn.Parameter  # [out, groups], t in s = s_0 exp(t)
-    shift: nn.Parameter | None  # [out, groups], in scales: offset = o_0 + s_0 shift
+    log_scale: nn.Parameter  # [out, groups], t in s = s_0 exp(SPEED t)
+    shift: nn.Parameter | None  # [out, groups], u in o = o_0 + s_0 SPEED u
     latent: nn.Parameter | None  # [out, in]
     first_scale: Tensor
     first_offset: Tensor
@@ -108,14 +110,22 @@ class TrainableWeight(nn.Module):
 
     def affine(self) -> Affine:
         """The grids as they are stored, [out, groups]."""
-        scale = self.first_scale * self.log_scale.exp()
+        scale = self.first_scale * (SPEED * self.log_scale).exp()
         scale = straight_through(scale, scale.detach().clamp(HALF_MIN, HALF_MAX).half().float())
         if self.shift is None:
             return Affine(self.bits, scale, self.zero_point)
-        offset = self.first_offset + self.first_scale * self.shift
+        offset = self.first_offset + self.first_scale * (SPEED * self.shift)
         return Affine(
             self.bits, scale, offset=straight_through(offset, offset.detach().clamp(-HALF_MAX, HALF_MAX).half().float())
         )
+
+    @torch.no_grad()
+    def begin_at_(self, weight: Tensor) -> None:
+        """Move the latent weights to those of `weight` [out, in] float32 that round to the same integers."""
+        assert self.latent is not None
+        affine = self.affine()
+        ours, theirs = (affine.expanded().quantize(w.reshape(*affine.scale.shape, -1)) for w in (self.latent, weight))
+        self.latent.copy_(torch.where((ours == theirs).flatten(-2), weight, self.latent))
 
     def rows(self, ids: Tensor | None = None) -> Tensor:
         """The de-quantized weight: rows `ids` [...] as [..., in], or all as [out, in]; float32."""

@@ -17,7 +17,7 @@ from tasks.calibration.architectures import architecture
 from tasks.calibration.checkpoints import copy_tokenizer, load_model
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import check_vocabulary
-from tasks.distillation.training import Loss, Training, TrainingSummary, train
+from tasks.distillation.training import Loss, TrainingSummary, train
 from tasks.quantization.checkpoint_format import (
     QuantizedWeight,
     TensorWriter,
@@ -29,14 +29,6 @@ from tasks.quantization.checkpoint_format import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class ScaleTraining(Training, frozen=True, extra="forbid"):
-    """How long and how a quantized model is trained. AdamW, moments 0.9 and 0.95."""
-
-    learning_rate: float = Field(
-        1e-3, gt=0, lt=1, description="Its peak; of scales, the fraction by which one step changes them at most."
-    )
 
 
 class QuantizationTraining(Loss, frozen=True, extra="forbid"):
@@ -54,7 +46,6 @@ class QuantizationTraining(Loss, frozen=True, extra="forbid"):
         le=1,
         description="a in `a * CE + (1 - a) * T^2 * KL`; 0 asks for the float model's answers and nothing else.",
     )
-    training: ScaleTraining = ScaleTraining()
 
 
 class QuantizationTrainingSummary(TrainingSummary, frozen=True):
@@ -80,7 +71,8 @@ def train_quantized(
     """The quantized model `checkpoint`, trained on the next-token distributions of the float model `teacher`.
 
     Bits, group sizes and zero points stay. So do weights that are exactly zero in the teacher and in the checkpoint:
-    pruned ones, where the grid has a zero.
+    pruned ones, where the grid has a zero. With `all`, weights begin at the teacher's where these round to the same
+    integers, else (GPTQ and AWQ have moved them) at the de-quantized ones: from there half a step changes an integer.
 
     Args:
         checkpoint: compressed-tensors, as `quantize_checkpoint` writes it.
@@ -110,12 +102,20 @@ def train_quantized(
     float_model = load_model(teacher)
     num_zeros_kept = 0
     for name, weight in trained.items():
-        if weight.latent is not None and isinstance(student.get_submodule(name), QuantizedLinear):
-            zeros = (weight.latent == 0) & (float_model.get_submodule(name).weight == 0)
-            if zeros.any():
-                num_zeros_kept += int(zeros.sum())
-                hook: Any = weight.latent.register_post_accumulate_grad_hook  # it has no types
-                hook(zero_gradient_at(zeros))
+        if weight.latent is None:
+            continue
+        original = float_model.get_submodule(name).weight.detach()
+        if original.shape != weight.latent.shape:
+            raise ValueError(
+                f"The teacher must be the model that was quantized; its {name} is {list(original.shape)}, that of "
+                f"{checkpoint} {list(weight.latent.shape)}. Use the float model, or `train: scales`."
+            )
+        weight.begin_at_(original)
+        zeros = (weight.rows().detach() == 0) & (original == 0)
+        if isinstance(student.get_submodule(name), QuantizedLinear) and zeros.any():
+            num_zeros_kept += int(zeros.sum())
+            hook: Any = weight.latent.register_post_accumulate_grad_hook  # it has no types
+            hook(zero_gradient_at(zeros))
     num_trained = student.num_parameters()
 
     def save(student: "PreTrainedModel") -> None:

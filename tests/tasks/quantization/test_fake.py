@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from tasks.quantization import Grid, RoundToNearest
-from tasks.quantization.fake import QuantizedEmbedding, QuantizedLinear, TrainableWeight, fake_quantize
+from tasks.quantization.fake import SPEED, QuantizedEmbedding, QuantizedLinear, TrainableWeight, fake_quantize
 from tasks.quantization.grid import Affine, integer_range
 
 GRIDS = {
@@ -33,7 +33,7 @@ def moved(weight, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in weight.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
     return weight
 
 
@@ -95,8 +95,8 @@ def test_scales_alone_have_the_gradient_of_finite_differences(grid):
     zero_point = 0.0 if stored.zero_point is None else float(stored.zero_point[i, j])
 
     def value(log_scale=0.0, shift=0.0):
-        s = scale * math.exp(log_scale)
-        offset = -zero_point * (scale if stored.has_real_zero_point else s) + scale * shift
+        s = scale * math.exp(SPEED * log_scale)
+        offset = -zero_point * (scale if stored.has_real_zero_point else s) + scale * SPEED * shift
         return float((s * integers + offset) @ upstream[i, group].double().numpy())
 
     for name, parameter in weight.named_parameters():
@@ -126,6 +126,20 @@ def test_what_is_stored_is_what_was_computed(grid, latent):
         assert np.array_equal(stored.zero_point, rounded(grid).zero_point)
 
 
+@grids
+def test_latent_weights_begin_at_the_original_ones_where_these_round_to_the_same(grid):
+    stored = rounded(grid)
+    weight = trainable(grid, latent=True)
+    original = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)) + 0.2  # those that were rounded
+    original[2, 5] += 100
+    weight.begin_at_(original)
+    assert np.array_equal(weight.stored().integers, stored.integers)
+    same = weight.latent == original
+    assert same.sum() == 6 * 16 - (not same[2, 5])
+    if stored.integers[2, 5] < stored.integers.max():
+        assert weight.latent[2, 5] == stored.dequantize()[2, 5]
+
+
 def test_scales_stay_within_float16():
     weight = trainable(GRIDS["symmetric"], latent=False)
     with torch.no_grad():
@@ -136,12 +150,12 @@ def test_scales_stay_within_float16():
 
 
 def test_latent_weights_have_scales_with_the_gradient_scale_of_lsq():
-    """g = 1 / sqrt(N Qp); with every weight outside, dw'/ds is Qp, and dw'/dt that times s."""
+    """g = 1 / sqrt(N Qp); with every weight outside, dw'/ds is Qp, and dw'/dt that times s SPEED."""
     weight = trainable(Grid(bits=4, group_size=8), latent=True)
     with torch.no_grad():
         weight.latent.fill_(100.0)
     weight.rows().sum().backward()
-    expected = 8 * 7 * weight.first_scale / math.sqrt(8 * 7)
+    expected = 8 * 7 * weight.first_scale / math.sqrt(8 * 7) * SPEED
     torch.testing.assert_close(weight.log_scale.grad, expected)
     assert (weight.latent.grad == 0).all()
 
