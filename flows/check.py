@@ -121,8 +121,10 @@ def notes(recipe: Recipe) -> list[str]:
 def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
     """Estimated peak of the largest stage, in MiB: weights and optimizer state; activations come on top of it."""
     model_mib = num_parameters * FLOAT32_BYTES / 2**20
-    training = any(c.distillation or c.recovery for c in recipe.candidates.values())
-    stages = [PROCESS_MIB + 2 * model_mib]  # import, pruning, compiling: the model and a copy
+    candidates = recipe.candidates.values()
+    after = [c.quantization_training.train for c in candidates if c.quantization_training]
+    training = "all" in after or any(c.distillation or c.recovery for c in candidates)
+    stages = [PROCESS_MIB + 2 * model_mib]  # import, pruning, compiling, training scales: the model and a copy
     if training:
         student = num_parameters * TRAINING_BYTES_PER_STUDENT_PARAMETER / 2**20
         stages.append(PROCESS_MIB + model_mib + student)
@@ -144,7 +146,10 @@ def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
                 chain += (repr(stage),)
                 checkpoints.add(chain)
         if candidate.quantization:
-            quantized.add((chain, repr(candidate.quantization)))
+            chain += (repr(candidate.quantization),)
+            quantized.add(chain)
+            if candidate.quantization_training:
+                quantized.add((*chain, repr(candidate.quantization_training)))
     bundles = sum(_served_mib(model_mib, c, e) for c, e in _subjects(recipe))
     return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles
 

@@ -17,7 +17,7 @@ from tasks.distill import distill, recover
 from tasks.engines import label
 from tasks.prune import prune
 from tasks.quantization.mixed import Mixed
-from tasks.quantize import quantize
+from tasks.quantize import quantize, train_quantized
 from tasks.sensitivity import measure_sensitivity
 from tasks.validate import measure_quality, measure_reference, measure_speed
 
@@ -103,6 +103,7 @@ def _compress(
                 seed=recipe.seed,
             )
     if candidate.quantization:
+        unquantized = checkpoint
         method, scores = candidate.quantization, None
         if isinstance(method.weights, Mixed):
             scores = run(
@@ -115,6 +116,16 @@ def _compress(
                 ignore=method.ignore,
             )
         checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=method, scores=scores)
+        if candidate.quantization_training:
+            checkpoint = run(
+                train_quantized,
+                name,
+                checkpoint=checkpoint,
+                teacher=unquantized,
+                data=data,
+                options=candidate.quantization_training,
+                seed=recipe.seed,
+            )
     return checkpoint
 
 

@@ -1,8 +1,9 @@
 """Recipe: what to make of which model, as one strict pydantic model; the schema of recipes/*.yaml.
 
 A recipe names a source model, data, and candidates. Each candidate is a chain of optional stages in the order the
-subject dictates (distillation, pruning, recovery, quantization), compiled for each engine and judged against limits.
-Candidates that begin alike share those stages: a stage with the same inputs and options runs once.
+subject dictates (distillation, pruning, recovery, quantization, training of what that gave), compiled for each engine
+and judged against limits. Candidates that begin alike share those stages: a stage with the same inputs and options runs
+once.
 """
 
 import re
@@ -19,6 +20,7 @@ from tasks.engines import Engine, label
 from tasks.pruning import PruningMethod
 from tasks.quantization import QuantizationMethod
 from tasks.quantization.mixed import possible_grids
+from tasks.quantization.training import QuantizationTraining
 from tasks.validation import Limits, Quality, Speed, unmeasurable
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -32,12 +34,20 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
     pruning: PruningMethod | None = Field(None, description="Remove weights or structures.")
     recovery: Recovery | None = Field(None, description="Train the pruned model to recover; needs `pruning`.")
     quantization: QuantizationMethod | None = Field(None, description="Store weights in fewer bits.")
+    quantization_training: QuantizationTraining | None = Field(
+        None, description="Train the quantized model to recover; needs `quantization`."
+    )
     engines: tuple[Engine, ...] | None = Field(None, min_length=1, description="Instead of the recipe's engines.")
 
     @model_validator(mode="after")
-    def _recovery_follows_pruning(self) -> "Candidate":
+    def _training_follows_what_it_repairs(self) -> "Candidate":
         if self.recovery and not self.pruning:
             raise ValueError("`recovery` trains a pruned model; add `pruning`, or use `distillation` instead.")
+        if self.quantization_training and not self.quantization:
+            raise ValueError("`quantization_training` trains a quantized model; add `quantization`.")
+        method = self.quantization
+        if self.quantization_training and method and (method.activations or method.kv_cache):
+            raise ValueError("`quantization_training` is of weights alone; drop it, or `activations` and `kv_cache`.")
         return self
 
 

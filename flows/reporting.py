@@ -126,6 +126,9 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
         steps.append("recovered")
     if candidate.quantization:
         steps.append(_quantization_words(candidate.quantization))
+    if candidate.quantization_training:
+        trained = "scales" if candidate.quantization_training.train == "scales" else "weights and scales"
+        steps.append(f"{trained} trained after it")
     return "; ".join(steps) or "unchanged"
 
 

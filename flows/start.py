@@ -92,7 +92,7 @@ def share_training_time(options: dict, minutes: float) -> None:  # type: ignore[
     trainings = [
         stage["training"]
         for candidate in options["candidates"].values()
-        for stage in (candidate["distillation"], candidate["recovery"])
+        for stage in (candidate["distillation"], candidate["recovery"], candidate["quantization_training"])
         if stage
     ]
     total = sum(training["max_steps"] for training in trainings)

@@ -1,4 +1,4 @@
-"""Task: store the weights of a checkpoint in fewer bits."""
+"""Tasks: store the weights of a checkpoint in fewer bits; train what that gave to recover."""
 
 from prefect import task
 
@@ -7,8 +7,10 @@ from infra.stage import run_stage, work_directory
 from infra.tracking import Parent, StageResult
 from tasks.quantization import QuantizationMethod
 from tasks.quantization.summary import QuantizationSummary
+from tasks.quantization.training import QuantizationTraining, QuantizationTrainingSummary
 
 DECIDES = ("tasks.quantization.apply", ("torch", "transformers", "compressed-tensors"))
+TRAINING = ("tasks.quantization.training", ("torch", "transformers", "accelerate", "compressed-tensors"))
 
 
 @task(
@@ -47,4 +49,44 @@ def quantize(
         label=label,
         is_model=True,
         work_dir=work_directory(key),
+    )
+
+
+@task(
+    name="train-quantized",
+    task_run_name="train-quantized-{label}",
+    cache_policy=stage_policy(TRAINING[0], *TRAINING[1]),
+    persist_result=True,
+    result_serializer="json",
+)
+def train_quantized(
+    checkpoint: StageResult,
+    teacher: StageResult,
+    data: StageResult,
+    options: QuantizationTraining,
+    seed: int,
+    *,
+    parent: Parent,
+    label: str = "",
+) -> StageResult:
+    """The quantized `checkpoint`, trained on the answers of the float model it was made from."""
+    content = {"checkpoint": checkpoint, "teacher": teacher, "data": data, "options": options, "seed": seed}
+    return run_stage(
+        "train-quantized",
+        "tasks.quantization.training:train_quantized",
+        parent=parent,
+        inputs=[checkpoint, teacher, data],
+        arguments={
+            "checkpoint": checkpoint.artifact.path,
+            "teacher": teacher.artifact.path,
+            "data": data.artifact.path,
+            "options": options,
+            "seed": seed,
+        },
+        params={"quantization_training": options, "seed": seed},
+        result=QuantizationTrainingSummary,
+        kind="checkpoint",
+        label=label,
+        is_model=True,
+        work_dir=work_directory(stage_key("train-quantized", content, *TRAINING, None)),
     )

@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+import json
 import os
 import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -99,3 +101,18 @@ def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare_data` writes for the tiny model, as far as training reads it: sequences of 32 tokens."""
+    from tasks.calibration.checkpoints import load_tokenizer, tokenizer_digest
+
+    out = tmp_path_factory.mktemp("data")
+    ids = load_tokenizer(tiny_checkpoint)(inspect.getsource(textwrap))["input_ids"]
+    sequences = np.array(ids[: len(ids) // 32 * 32], dtype=np.int32).reshape(-1, 32)
+    np.save(out / "calibration.npy", sequences[:12])
+    np.save(out / "training.npy", sequences[12:])
+    record = {"tokenizer_sha256": tokenizer_digest(tiny_checkpoint), "vocab_size": 512}
+    (out / "data.json").write_text(json.dumps(record))
+    return out

@@ -159,11 +159,13 @@ def keep_zeros_(model: PreTrainedModel) -> int:
         num_zeros = int(zeros.sum())
         if num_zeros:
             count += num_zeros
-            module.weight.register_post_accumulate_grad_hook(_zero_gradient_at(zeros))  # type: ignore[no-untyped-call]
+            module.weight.register_post_accumulate_grad_hook(zero_gradient_at(zeros))  # type: ignore[no-untyped-call]
     return count
 
 
-def _zero_gradient_at(zeros: Tensor) -> Callable[[Tensor], None]:
+def zero_gradient_at(zeros: Tensor) -> Callable[[Tensor], None]:
+    """A hook for after a parameter's gradient is accumulated: where `zeros` is true, the parameter then stays."""
+
     def hook(parameter: Tensor) -> None:
         if parameter.grad is not None:
             parameter.grad.masked_fill_(zeros.to(parameter.grad.device), 0)
@@ -367,6 +369,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 def checkpoint_bytes(model: nn.Module) -> int:
     """Size of one checkpoint: weights and both moments."""
     return sum(3 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Size of the weights alone, those that are not trained included."""
+    return sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
 
 
 def last_checkpoint(work_dir: Path) -> Path | None:

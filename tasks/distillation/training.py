@@ -6,7 +6,7 @@ teacher is not consulted at all: that run, with as many tokens, is the control t
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -57,7 +57,9 @@ class Training(BaseModel, frozen=True, extra="forbid"):
     keep: Literal["last", "best"] = Field("last", description="Which weights to return; best: lowest such perplexity.")
 
 
-class _Loss(BaseModel, frozen=True, extra="forbid"):
+class Loss(BaseModel, frozen=True, extra="forbid"):
+    """What every training from a teacher can be told."""
+
     ce_weight: float = Field(
         0.5, ge=0, le=1, description="a in `a * CE + (1 - a) * T^2 * KL`; 1 is training without a teacher, the control."
     )
@@ -65,14 +67,14 @@ class _Loss(BaseModel, frozen=True, extra="forbid"):
     training: Training = Training()
 
 
-class Distillation(_Loss, frozen=True, extra="forbid"):
+class Distillation(Loss, frozen=True, extra="forbid"):
     """A smaller student of the source model (Hinton et al., 2015, arXiv:1503.02531)."""
 
     method: Literal["logits"] = "logits"
     student: KeepLayers
 
 
-class Recovery(_Loss, frozen=True, extra="forbid"):
+class Recovery(Loss, frozen=True, extra="forbid"):
     """Training of a pruned model on the answers of the model it was pruned from."""
 
     method: Literal["logits"] = "logits"
@@ -149,13 +151,12 @@ def distill(
     else:
         sequences = torch.from_numpy(load_tokens(data, "calibration")[:NUM_INFLUENCE])
         kept = most_influential(block_influence(model, sequences), num_kept)
-    return _train(
+    return train(
         student=keep_layers(model, kept),
         teacher=model,
         kept_layers=kept,
-        keep_zeros=False,
         inputs=[teacher],
-        tokenizer_source=teacher,
+        save=lambda student: save_model(student, teacher, out),
         data=data,
         options=options,
         seed=seed,
@@ -180,15 +181,17 @@ def recover(
 
     Arguments and errors are those of `distill`; zeros stay zeros with `keep_zeros`.
     """
+    from tasks.distillation.trainer import keep_zeros_
+
     check_vocabulary(data, teacher)
     check_vocabulary(data, checkpoint)
-    return _train(
-        student=load_model(checkpoint),
+    student = load_model(checkpoint)
+    return train(
+        student=student,
         teacher=load_model(teacher),
-        kept_layers=None,
-        keep_zeros=options.keep_zeros,
+        num_zeros_kept=keep_zeros_(student) if options.keep_zeros else 0,
         inputs=[checkpoint, teacher],
-        tokenizer_source=checkpoint,
+        save=lambda student: save_model(student, checkpoint, out),
         data=data,
         options=options,
         seed=seed,
@@ -209,21 +212,33 @@ def choose_precision(wanted: Literal["auto", "float32", "bfloat16"]) -> Literal[
     return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def _train(
+def train(
     *,
     student: "PreTrainedModel",
     teacher: "PreTrainedModel",
-    kept_layers: tuple[int, ...] | None,
-    keep_zeros: bool,
     inputs: Sequence[Path],
-    tokenizer_source: Path,
+    save: Callable[["PreTrainedModel"], None],
     data: Path,
-    options: Distillation | Recovery,
+    options: Loss,
     seed: int,
     work_dir: Path,
     out: Path,
     report: Report,
+    kept_layers: tuple[int, ...] | None = None,
+    num_zeros_kept: int = 0,
 ) -> TrainingSummary:
+    """Train every parameter of `student`, in place, on the teacher's distributions, and save it.
+
+    Arguments and errors are those of `distill`, but for:
+
+    Args:
+        student: what is trained; its state is all that a checkpoint in `work_dir` holds of it.
+        teacher: is frozen, and rounded to bfloat16 in that precision.
+        inputs: checkpoints that both were made from.
+        save: is given the trained student, on the CPU, to write it to `out`.
+        kept_layers: for the summary, as is `num_zeros_kept`.
+        num_zeros_kept: weights that training cannot move.
+    """
     import safetensors.torch
     import torch
 
@@ -251,13 +266,12 @@ def _train(
         )
     for model in (student, teacher):
         loop.check_head(model)
-    _check_disk(work_dir, out, loop.checkpoint_bytes(student))
+    _check_disk({work_dir: 2 * loop.checkpoint_bytes(student), out: loop.model_bytes(student)})
     content = {"inputs": [digests(path) for path in inputs], "data": digests(data), "seed": seed}
     claim(work_dir, {**content, "options": options.model_dump(mode="json"), "precision": precision})
 
     teacher.requires_grad_(False)
     student.requires_grad_(True)
-    num_zeros_kept = loop.keep_zeros_(student) if keep_zeros else 0
     if training.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = loop.StudentLoss(student, teacher, options.ce_weight, options.temperature)
@@ -296,7 +310,7 @@ def _train(
         safetensors.torch.load_model(student, str(run.best_weights))
     student.to("cpu").eval()
     if run.is_world_process_zero():
-        save_model(student, tokenizer_source, out)
+        save(student)
     return TrainingSummary(
         num_parameters=num_parameters,
         teacher_num_parameters=teacher_num_parameters,
@@ -352,17 +366,16 @@ def _arguments(training: Training, seed: int, work_dir: Path, precision: str) ->
     )
 
 
-def _check_disk(work_dir: Path, out: Path, checkpoint_bytes: int) -> None:
-    """Raise ValueError unless there is room for the student and two checkpoints.
+def _check_disk(needs: dict[Path, int]) -> None:
+    """Raise ValueError unless there is room for the student and two checkpoints: bytes by directory.
 
-    Two, because the next is whole before the last goes; what an interrupted run left in `work_dir` counts as room.
+    Two, because the next is whole before the last goes; what an interrupted run left there counts as room.
     """
-    there = 0
-    for path in work_dir.rglob("*"):
-        with suppress(FileNotFoundError):  # another process of this run has just renamed it
-            there += path.stat().st_size if path.is_file() else 0
-    needs = {work_dir: 2 * checkpoint_bytes - there, out: checkpoint_bytes // 3}
-    for directory, needed in needs.items():
+    for directory, in_all in needs.items():
+        needed = in_all
+        for path in directory.rglob("*"):
+            with suppress(FileNotFoundError):  # another process of this run has just renamed it
+                needed -= path.stat().st_size if path.is_file() else 0
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
         if free < needed:

@@ -29,6 +29,14 @@ def test_training_needs_the_weights_the_optimizer_and_the_teacher():
     assert with_training == pytest.approx(check.PROCESS_MIB + (4 + 16) * BILLION / 2**20)
 
 
+def test_training_a_quantized_model_is_counted():
+    scales, everything = ({"quantization": INT8, "quantization_training": {"train": t}} for t in ("scales", "all"))
+    assert peak_memory_mib(recipe(scales), BILLION) == peak_memory_mib(recipe({"quantization": INT8}), BILLION)
+    assert peak_memory_mib(recipe(everything), BILLION) == pytest.approx(check.PROCESS_MIB + (4 + 16) * BILLION / 2**20)
+    more = disk_mib(recipe(scales), BILLION, 0) - disk_mib(recipe({"quantization": INT8}), BILLION, 0)
+    assert more == pytest.approx(BILLION / 2**20)
+
+
 def test_engines_measured_at_once_stay_within_their_limit():
     small = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 1000}), 100_000_000)
     large = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 9000}), 100_000_000)

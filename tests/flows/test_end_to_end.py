@@ -50,6 +50,7 @@ def recipe(tiny_checkpoint: Path, **changes) -> dict:
                 "pruning": {"method": "width", "keep": 0.5, "round_to": 32},
                 "recovery": {"training": TRAINING},
                 "quantization": INT8,
+                "quantization_training": {"training": {**TRAINING, "max_steps": 2}},
                 "engines": [ONNXRUNTIME],
             },
         },
@@ -96,6 +97,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(first):
     page = Path(found[1]).read_text()
     assert "<svg" in page
     assert "pruned" in page
+    assert "recovered; W8 per channel, symmetric, scales trained after it" in page
+    assert "pruned train-quantized" in page
     assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
 
 
@@ -120,6 +123,7 @@ def test_check_says_what_is_cached_and_what_a_changed_option_runs_again(first, h
     assert lines["pruned prune"] == "cached"
     assert lines["pruned recover"] == "run"
     assert lines["pruned quantize"] == "run"
+    assert lines["pruned train-quantized"] == "run"
     assert lines["int8 quantize"] == "cached"
 
 

@@ -86,6 +86,11 @@ def test_recovery_without_pruning_is_refused():
     assert "`recovery` trains a pruned model" in text
 
 
+def test_training_after_quantization_without_quantization_is_refused():
+    text = refusal(changed(candidates={"a": {"quantization_training": {"train": "all"}}}))
+    assert "`quantization_training` trains a quantized model; add `quantization`" in text
+
+
 def test_a_limit_on_what_is_not_measured_is_refused():
     text = refusal(changed(validation={"speed": None, "limits": {"tpot_ms": {"max": 10}}}))
     assert "limits.tpot_ms needs measured speed" in text

@@ -67,8 +67,8 @@ def test_training_time_is_shared_by_steps(built):
     trainings = [{"max_steps": 30}, {"max_steps": 10}]
     options = {
         "candidates": {
-            "a": {"distillation": {"training": trainings[0]}, "recovery": None},
-            "b": {"distillation": None, "recovery": {"training": trainings[1]}},
+            "a": {"distillation": {"training": trainings[0]}, "recovery": None, "quantization_training": None},
+            "b": {"distillation": None, "recovery": None, "quantization_training": {"training": trainings[1]}},
         }
     }
     share_training_time(options, 8.0)
