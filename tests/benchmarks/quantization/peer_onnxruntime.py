@@ -4,16 +4,16 @@ These quantizers read weights alone, so a graph that only holds products shows w
 LM head are quantized as one weight, as ONNX Runtime GenAI's builder does with `shared_embeddings`; its choice of layers
 for 8 bits ("mixed") is the builder's, too. Scales count as 16 bits, as in a float16 model, though CPUs' are float32.
 
-Weights are read back by multiplying identities with the quantized products, in float32.
+Weights are read back from what MatMulNBits stores.
 """
 
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from contender import Contender, Floats, main
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
@@ -98,17 +98,37 @@ def read_weights(model: onnx.ModelProto, floats: dict[str, Floats]) -> tuple[dic
     kinds = {node.op_type for node in model.graph.node}
     if kinds != {"MatMulNBits"}:
         raise ValueError(f"Every product must have been quantized; the graph holds {sorted(kinds)}.")
-    num_bits = 0.0
-    for initializer in model.graph.initializer:
-        values = numpy_helper.to_array(initializer)
-        num_bits += 16 * values.size if values.dtype == np.float32 else 8 * values.nbytes
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    identities = {x.name: np.eye(x.shape[1], dtype=np.float32) for x in session.get_inputs()}
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    num_bits = sum((16 if values.dtype == np.float32 else 8) * values.size for values in tensors.values())
     weights = {name: values for name, values in floats.items() if values.ndim != 2}
     num_bits += sum(32 * values.size for values in weights.values())
-    for output in session.get_outputs():
-        weights[output.name] = session.run([output.name], identities)[0].T
-    return weights, num_bits
+    products = {node.output[0]: node for node in model.graph.node}
+    return weights | {name: dequantize(node, tensors) for name, node in products.items()}, num_bits
+
+
+def dequantize(node: onnx.NodeProto, tensors: dict[str, Any]) -> Floats:
+    """The weight [out, in] of a MatMulNBits, as ONNX Runtime's ContribOperators.md stores it."""
+    number = {attribute.name: attribute.i for attribute in node.attribute}
+    rows, columns, bits = number["N"], number["K"], number["bits"]
+    _, packed, scale, *rest = (tensors.get(name) for name in node.input)
+    scale = scale.reshape(rows, -1)
+    num_blocks = scale.shape[1]
+    integers = unpack(packed.reshape(rows, num_blocks, -1), bits).astype(np.float32)
+    if not rest or rest[0] is None:
+        zero_point = np.full((rows, num_blocks), 1 << (bits - 1), np.float32)
+    elif rest[0].dtype == np.uint8:
+        zero_point = unpack(rest[0].reshape(rows, -1), bits)[:, :num_blocks].astype(np.float32)
+    else:
+        zero_point = rest[0].reshape(rows, num_blocks)
+    values: Floats = (integers - zero_point[..., None]) * scale[..., None]
+    return values.reshape(rows, -1)[:, :columns]
+
+
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The integers of bytes along the last axis, the first in the lowest bits."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    integers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return integers.reshape(*packed.shape[:-1], -1)
 
 
 if __name__ == "__main__":
