@@ -31,7 +31,11 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
         self.tokens = tokens
-        self._log_probs = [log_probs.half() for log_probs in _log_probs(model, tokens)]
+        self._log_probs: list[Tensor] = []
+        self._likeliest: list[Tensor] = []
+        for log_probs in _log_probs(model, tokens):
+            self._log_probs.append(log_probs.half())
+            self._likeliest.append(log_probs.argmax(1))
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """The figures of one contender: weights that `model` holds now.
@@ -45,7 +49,7 @@ class Reference:
             expected = self._log_probs[index].float()
             nll -= float(log_probs.gather(1, self.tokens[index, 1:, None]).double().sum())
             kl += float((expected.exp() * (expected - log_probs)).sum(1).double().sum())
-            agreed += int((expected.argmax(1) == log_probs.argmax(1)).sum())
+            agreed += int((self._likeliest[index] == log_probs.argmax(1)).sum())
         num_predicted = self.tokens[:, 1:].numel()
         return {
             "perplexity": math.exp(nll / num_predicted),
