@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check up down bench test-real clean
+.PHONY: help install run test check up down bench bench-quantization test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ down: install ## stops what `make up` started
 bench: install ## RECIPE from scratch in .slimline/bench: every figure measured anew, nothing from the cache
 	rm -rf .slimline/bench
 	SLIMLINE_HOME=.slimline/bench $(BIN)/slimline run $(RECIPE) $(ARGS)
+
+bench-quantization: install ## Slimline's quantization beside other tools': hours; goes on where it was ended
+	$(BIN)/python tests/benchmarks/quantization/run.py $(ARGS)
 
 clean: ## removes .venv and caches; results in .slimline/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
