@@ -2,17 +2,19 @@
 
 from prefect import task
 
-from infra.caching import stage_policy
-from infra.stage import run_stage
+from infra.caching import stage_key, stage_policy
+from infra.stage import run_stage, work_directory
 from infra.tracking import Parent, StageResult
 from tasks.quantization import QuantizationMethod
-from tasks.quantization.apply import QuantizationSummary
+from tasks.quantization.summary import QuantizationSummary
+
+DECIDES = ("tasks.quantization.apply", ("torch", "transformers", "compressed-tensors"))
 
 
 @task(
     name="quantize",
     task_run_name="quantize-{label}",
-    cache_policy=stage_policy("tasks.quantization.apply", "torch", "transformers", "compressed-tensors"),
+    cache_policy=stage_policy(DECIDES[0], *DECIDES[1]),
     persist_result=True,
     result_serializer="json",
 )
@@ -20,6 +22,7 @@ def quantize(
     checkpoint: StageResult, data: StageResult, method: QuantizationMethod, *, parent: Parent, label: str = ""
 ) -> StageResult:
     """`checkpoint` with its weights quantized by `method`."""
+    key = stage_key("quantize", {"checkpoint": checkpoint, "data": data, "method": method}, *DECIDES, None)
     return run_stage(
         "quantize",
         "tasks.quantization.apply:quantize_checkpoint",
@@ -31,4 +34,5 @@ def quantize(
         kind="checkpoint",
         label=label,
         is_model=True,
+        work_dir=work_directory(key),
     )

@@ -1,8 +1,11 @@
 """Fixtures shared by the suite: a tiny but real decoder, so that every stage runs for real in seconds."""
 
+import functools
 import inspect
 import os
+import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,44 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a plain checkpoint of a family: random, of 3 layers, not tied, with the tokenizer of `tiny_checkpoint`."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    special = {
+        "mistral": {"sliding_window": 5},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": layer_types},
+    }
+
+    @functools.cache
+    def make(family: str, dtype: str = "float32") -> Path:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            **special.get(family, {}),
+        )
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases are zeros and norms are ones, of which nothing can be learnt
+                parameter.copy_(6 * parameter if parameter.dim() == 2 else parameter + torch.rand_like(parameter))
+        out = tmp_path_factory.mktemp(f"{family}-{dtype}")
+        model.to(getattr(torch, dtype)).save_pretrained(out)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tiny_checkpoint / name, out / name)
+        return out
+
+    return make

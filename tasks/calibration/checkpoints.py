@@ -287,6 +287,34 @@ def load_model(path: Path) -> "PreTrainedModel":
     return _from_pretrained(None, plain, path, state_dict=weights)
 
 
+def empty_model(path: Path) -> "PreTrainedModel":
+    """The model of a float checkpoint in evaluation mode, without its weights: parameters on the meta device.
+
+    Buffers, which the files do not hold, are computed.
+
+    Raises:
+        ValueError: the checkpoint lacks weights or holds them in other shapes, or its files are broken.
+    """
+    from accelerate import init_empty_weights
+
+    config = _load_config(path)
+    model_class = _model_class(config, path)
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    model.tie_weights()  # accelerate gives each its own
+    headers = [_read_safetensors_header(file) for file in _safetensors_files(path)]
+    shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    _refuse_missing(sorted(expected.keys() - shapes.keys()), model, path)
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"The weights of {path} do not fit its config.json: {name} must be {shape}; got {shapes[name]}."
+            )
+    model.eval()
+    return model
+
+
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
@@ -360,12 +388,9 @@ def forget_quantization_(model: "PreTrainedModel") -> None:
 def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Path, **options: Any) -> "PreTrainedModel":
     """`from_pretrained`, refusing what it would invent: weights that the files do not hold."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
 
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if classes is None:
-        raise ValueError(f"A model that generates text is needed; {source} is of type {config.model_type!r}.")
-    model_class = classes[0] if isinstance(classes, tuple) else classes
+    model_class = _model_class(config, source)
     try:
         model, loading = model_class.from_pretrained(
             where,
@@ -377,16 +402,29 @@ def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Pat
         )
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"The weights of {source} do not fit its config.json: {error}") from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise ValueError(
-            f"The checkpoint {source} must hold every weight of a {type(model).__name__}; it lacks {len(missing)}: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
-        )
+    _refuse_missing(sorted(loading["missing_keys"]), model, source)
     if where is None and (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source, local_files_only=True)
     model.eval()
     return model
+
+
+def _model_class(config: "PreTrainedConfig", source: Path) -> "type[PreTrainedModel]":
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if classes is None:
+        raise ValueError(f"A model that generates text is needed; {source} is of type {config.model_type!r}.")
+    model_class: type[PreTrainedModel] = classes[0] if isinstance(classes, tuple) else classes
+    return model_class
+
+
+def _refuse_missing(missing: list[str], model: "PreTrainedModel", source: Path) -> None:
+    if missing:
+        raise ValueError(
+            f"The checkpoint {source} must hold every weight of a {type(model).__name__}; it lacks {len(missing)}: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+        )
 
 
 def _load_directory(path: Path) -> tuple["PreTrainedModel", list[str]]:

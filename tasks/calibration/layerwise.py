@@ -1,14 +1,14 @@
 """The walk through a decoder's blocks; the only file with hooks.
 
 `compress_blocks` compresses one block at a time, each seeing the outputs of those already compressed, as in Frantar and
-Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3. Only one block's statistics exist at a time, beside the
-hidden states of the calibration tokens.
+Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3. Only one block's statistics exist at a time, and where
+weights and hidden states lie meanwhile is for a `Residence` to say.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Statistic = TypeVar("Statistic", bound=InputStatistic)
+Arguments = dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+"""What each block gets beside hidden states, by the shape [batch, seq] of the batch: without padding, it is the same
+for all batches of one shape."""
 
 
-@dataclass
-class _Batch:
-    """One batch of calibration tokens on its way through the blocks."""
+class Residence(Protocol):
+    """Where a walk leaves what it does not need at the moment: weights, and the hidden states of the batches."""
 
-    hidden: Tensor  # [batch, seq, hidden]: the next block's input
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # each block's other arguments; tensors are shared
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[batch, seq, hidden], the embedding of token ids [batch, seq]."""
+
+    def block(self, name: str) -> AbstractContextManager[None]:
+        """Within the context the block's weights are there."""
+
+    def keep(self, index: int, hidden: Iterable[Tensor]) -> None:
+        """Keep what block `index` reads, batch by batch, instead of what the block before has read."""
+
+    def hidden(self) -> Iterator[Tensor]:
+        """What was kept last, [batch, seq, hidden] each."""
+
+
+class InMemory:
+    """A model that is in memory as a whole, and hidden states beside it."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._model = model
+        self._hidden: list[Tensor] = []
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What the model's embedding gives."""
+        embedded: Tensor = self._model.get_input_embeddings()(input_ids)
+        return embedded
+
+    def block(self, name: str) -> AbstractContextManager[None]:
+        """Nothing has to be done."""
+        return nullcontext()
+
+    def keep(self, index: int, hidden: Iterable[Tensor]) -> None:
+        """Replace one batch after the other, so that no more than one is there twice."""
+        for number, batch in enumerate(hidden):
+            self._hidden[number : number + 1] = [batch]
+
+    def hidden(self) -> Iterator[Tensor]:
+        """The batches, in order."""
+        return iter(self._hidden)
 
 
 def block_linears(
@@ -57,6 +94,9 @@ def compress_blocks(
     *,
     step_by_step: bool = False,
     prepare_: Callable[[str, dict[str, Statistic]], None] | None = None,
+    residence: Residence | None = None,
+    first_block: int = 0,
+    finish: Callable[[int], None] | None = None,
 ) -> None:
     """Compress linear layers in place and in order.
 
@@ -72,34 +112,103 @@ def compress_blocks(
             2022, arXiv:2210.17323, its code's `true-sequential`); otherwise all see those of the uncompressed block.
         prepare_: gets the name of a block, and a statistic for the first layer of each step in it, before any of the
             block is compressed; may change the block in place, but not what it computes.
+        residence: where weights and hidden states lie; None: the model is in memory as a whole.
+        first_block: those before it were finished by an earlier walk, and `residence` holds what this one reads.
+        finish: gets the index of a block when it is compressed and what the next one reads is kept.
     """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)
-    states = _enter_blocks(model, blocks, batches)
-    for index, linears in enumerate(block_linears(model, family, layers)):
-        block = blocks[index]
-        steps = [step for step in _steps(family, index, linears) if step]
-        if prepare_ and steps:
-            firsts = dict(next(iter(step.items())) for step in steps)
-            observed = {name: make_statistic(linear.in_features) for name, linear in firsts.items()}
-            _see_inputs(block, index, states, {linear: observed[name] for name, linear in firsts.items()})
-            prepare_(family.block(index), observed)
-        for step in steps if step_by_step else [linears]:
-            if not step:
-                continue
-            if step_by_step:  # they read the same input, so one of them is watched for all
-                shared = make_statistic(next(iter(step.values())).in_features)
-                statistics = dict.fromkeys(step, shared)
-                watched = {next(iter(step.values())): shared}
-            else:
-                statistics = {name: make_statistic(linear.in_features) for name, linear in step.items()}
-                watched = {linear: statistics[name] for name, linear in step.items()}
-            _see_inputs(block, index, states, watched)
-            for name, linear in step.items():
-                compress_(name, linear.weight, statistics[name])
-        if index + 1 < len(blocks):
-            for state in states:
-                state.hidden = _run(block, index, state)
+    residence = residence or InMemory(model)
+    arguments: Arguments = {}
+    with residence.block(family.block(0)):  # one of them says what it returns
+        if first_block == 0:
+            residence.keep(0, _enter_blocks(model, blocks, batches, residence, arguments))
+        else:
+            one_of_each = {input_ids.shape: input_ids for input_ids in batches}
+            for _ in _enter_blocks(model, blocks, list(one_of_each.values()), residence, arguments):
+                pass
+    linears = block_linears(model, family, layers)
+    for index in range(first_block, len(blocks)):
+        run = _Block(blocks[index], index, arguments, residence)
+        with residence.block(family.block(index)):
+            steps = [step for step in _steps(family, index, linears[index]) if step]
+            if prepare_ and steps:
+                _prepare_block_(run, family.block(index), steps, make_statistic, prepare_)
+            if step_by_step:
+                for step in steps:
+                    _compress_step_(run, step, make_statistic, compress_)
+            elif linears[index]:
+                _compress_at_once_(run, linears[index], make_statistic, compress_)
+            if index + 1 < len(blocks):
+                residence.keep(index + 1, run.outputs())
+        if finish:
+            finish(index)
         report(index + 1, len(blocks), {})
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block, what it reads, and how to run it."""
+
+    module: nn.Module
+    index: int
+    arguments: Arguments
+    residence: Residence
+
+    def run(self, hidden: Tensor) -> Tensor:
+        args, kwargs = self.arguments[hidden.shape[:2]][self.index]
+        output = self.module(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def outputs(self) -> Iterator[Tensor]:
+        return (self.run(hidden) for hidden in self.residence.hidden())
+
+    def show_inputs(self, statistics: dict[nn.Linear, Statistic]) -> None:
+        """Update the statistics with what layers read; the block is run no further than that takes."""
+        with _observed(statistics, until_seen=True):
+            for hidden in self.residence.hidden():
+                with suppress(_Seen):
+                    self.run(hidden)
+
+
+def _prepare_block_(
+    run: _Block,
+    name: str,
+    steps: Sequence[dict[str, nn.Linear]],
+    make_statistic: Callable[[int], Statistic],
+    prepare_: Callable[[str, dict[str, Statistic]], None],
+) -> None:
+    firsts = dict(next(iter(step.items())) for step in steps)
+    observed = {layer: make_statistic(linear.in_features) for layer, linear in firsts.items()}
+    run.show_inputs({linear: observed[layer] for layer, linear in firsts.items()})
+    prepare_(name, observed)
+
+
+def _compress_step_(
+    run: _Block,
+    step: dict[str, nn.Linear],
+    make_statistic: Callable[[int], Statistic],
+    compress_: Callable[[str, Tensor, Statistic], None],
+) -> None:
+    """Compress layers that read the same input, so one of them is watched for all."""
+    first = next(iter(step.values()))
+    shared = make_statistic(first.in_features)
+    run.show_inputs({first: shared})
+    for name, linear in step.items():
+        compress_(name, linear.weight, shared)
+
+
+def _compress_at_once_(
+    run: _Block,
+    linears: dict[str, nn.Linear],
+    make_statistic: Callable[[int], Statistic],
+    compress_: Callable[[str, Tensor, Statistic], None],
+) -> None:
+    """Compress layers of one block, each with a statistic of its own from before any of them changes."""
+    statistics = {name: make_statistic(linear.in_features) for name, linear in linears.items()}
+    run.show_inputs({linear: statistics[name] for name, linear in linears.items()})
+    for name, linear in linears.items():
+        compress_(name, linear.weight, statistics[name])
 
 
 def _steps(family: Architecture, index: int, linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
@@ -133,29 +242,38 @@ def observe_inputs(
     return statistics
 
 
-def _enter_blocks(model: "PreTrainedModel", blocks: nn.ModuleList, batches: Sequence[Tensor]) -> list[_Batch]:
-    """What the model hands to each block, without running any.
+def _enter_blocks(
+    model: "PreTrainedModel",
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    residence: Residence,
+    arguments: Arguments,
+) -> Iterator[Tensor]:
+    """What the model hands to its first block, batch by batch, without running any block.
 
-    The blocks of one model can get different arguments: those with sliding-window attention get another mask.
+    What it hands to each beside hidden states goes into `arguments`. The blocks of one model can get different ones:
+    those with sliding-window attention get another mask.
     """
-    states = []
     for input_ids in batches:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        with _passing_through(blocks, calls):
-            model.base_model(input_ids=input_ids, use_cache=False)
+        embedded = residence.embed(input_ids)
+        with _passing_through(blocks, calls), suppress(_Seen):
+            model.base_model(inputs_embeds=embedded, use_cache=False)
         (hidden, *_), _ = calls[0]
-        states.append(_Batch(hidden, [(args[1:], kwargs) for args, kwargs in calls]))
-    return states
+        arguments.setdefault(input_ids.shape, [(args[1:], kwargs) for args, kwargs in calls])
+        yield hidden
 
 
 @contextmanager
 def _passing_through(blocks: nn.ModuleList, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
-    """Let every block return its input unchanged and note its arguments in `calls`."""
+    """Let every block return its input unchanged and note its arguments in `calls`; the last raises `_Seen`."""
     in_tuple: bool | None = None
 
     def pass_through(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal in_tuple
         calls.append(((hidden, *args), kwargs))
+        if len(calls) == len(blocks):
+            raise _Seen
         if in_tuple is None:  # what its own forward returns; families differ
             in_tuple = isinstance(type(blocks[0]).forward(blocks[0], hidden, *args, **kwargs), tuple)
         return (hidden,) if in_tuple else hidden
@@ -169,23 +287,8 @@ def _passing_through(blocks: nn.ModuleList, calls: list[tuple[tuple[Any, ...], d
             del block.forward  # the class's own shows again
 
 
-def _run(block: nn.Module, index: int, state: _Batch) -> Tensor:
-    args, kwargs = state.arguments[index]
-    output = block(state.hidden, *args, **kwargs)
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _see_inputs(block: nn.Module, index: int, states: Sequence[_Batch], statistics: dict[nn.Linear, Statistic]) -> None:
-    """Update the statistics with what layers of a block read; their block is run no further than that takes."""
-    with _observed(statistics, until_seen=True):
-        for state in states:
-            with suppress(_Seen):
-                _run(block, index, state)
-
-
 class _Seen(Exception):
-    """Ends a block's forward pass whose output nobody needs."""
+    """Ends a forward pass whose output nobody needs."""
 
 
 @contextmanager

@@ -4,21 +4,19 @@ The loss is Hinton's mixture `a * CE + (1 - a) * T^2 * KL(teacher || student)` (
 teacher is not consulted at all: that run, with as many tokens, is the control that shows what distillation gave.
 """
 
-import hashlib
-import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
 from tasks.calibration.checkpoints import load_model, save_model
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import check_vocabulary, load_tokens
+from tasks.calibration.work_directory import claim, digests
 from tasks.distillation.students import KeepLayers, block_influence, evenly_spaced, keep_layers, most_influential
 
 if TYPE_CHECKING:
@@ -254,7 +252,8 @@ def _train(
     for model in (student, teacher):
         loop.check_head(model)
     _check_disk(work_dir, out, loop.checkpoint_bytes(student))
-    _claim(work_dir, inputs=inputs, data=data, options=options, seed=seed, precision=precision)
+    content = {"inputs": [digests(path) for path in inputs], "data": digests(data), "seed": seed}
+    claim(work_dir, {**content, "options": options.model_dump(mode="json"), "precision": precision})
 
     teacher.requires_grad_(False)
     student.requires_grad_(True)
@@ -371,45 +370,6 @@ def _check_disk(work_dir: Path, out: Path, checkpoint_bytes: int) -> None:
                 f"Training needs {needed / 2**20:.0f} MiB of disk in {directory}; {free / 2**20:.0f} MiB are free. "
                 "Free some, or move the store to a larger disk."
             )
-
-
-def _claim(work_dir: Path, **arguments: Any) -> None:
-    """Write down what `work_dir` is for, or check that it is for the same.
-
-    Raises:
-        ValueError: it holds checkpoints of a run with other arguments.
-    """
-    content = {
-        "inputs": [_digests(path) for path in arguments["inputs"]],
-        "data": _digests(arguments["data"]),
-        "options": arguments["options"].model_dump(mode="json"),
-        "seed": arguments["seed"],
-        "precision": arguments["precision"],
-    }
-    record = work_dir / "arguments.json"
-    text = json.dumps(content, indent=1, sort_keys=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    if not record.exists():
-        partial = record.with_suffix(f".{os.getpid()}.partial")  # the processes of one run all come here
-        partial.write_text(text)
-        partial.replace(record)
-        return
-    earlier = json.loads(record.read_text())
-    different = [name for name in content if content[name] != earlier.get(name)]
-    if different:
-        raise ValueError(
-            f"A work directory belongs to one run; {work_dir} holds checkpoints of one with other "
-            f"{', '.join(different)}. Delete it, or use another."
-        )
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
 
 
 def _curve(steps: list[dict[str, float]], perplexities: dict[int, float]) -> tuple[CurvePoint, ...]:

@@ -22,15 +22,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.calibration.tensor_files import Tensors
 from tasks.quantization.packing import pack, unpack
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
@@ -115,46 +113,6 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
             else:
                 weights[name] = tensors.floats(name)
     return weights
-
-
-class Tensors:
-    """Tensors of a checkpoint directory, read from its safetensors one at a time; a context manager."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        import safetensors
-
-        safe_open: Any = safetensors.safe_open  # its stub has no types
-        index = checkpoint / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        self._files = [safe_open(checkpoint / file, framework="pt") for file in files]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
-        self.names = sorted(self._file_of)
-
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.__exit__(None, None, None)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, without reading it."""
-        return list(self._file_of[name].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> "Tensor":
-        """The tensor, in its own dtype."""
-        return self._file_of[name].get_tensor(name)  # type: ignore[no-any-return]
-
-    def floats(self, name: str) -> NDArray[np.float32]:
-        """The tensor as float32."""
-        values: NDArray[np.float32] = self.tensor(name).float().numpy()
-        return values
 
 
 def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
@@ -317,62 +275,3 @@ def quantization_config(schemes: Mapping[str, Scheme], left_float: list[str]) ->
             for index, (scheme, modules) in enumerate(targets.items())
         },
     }
-
-
-class TensorWriter:
-    """Writes tensors to a checkpoint directory as they come, in files of limited size; a context manager.
-
-    Holds at most one file's tensors in memory. The files are complete, with their index, once the context ends.
-    """
-
-    def __init__(self, out: Path, max_file_bytes: int = 2 << 30) -> None:
-        self.size_bytes = 0
-        self._out = out
-        self._max_file_bytes = max_file_bytes
-        self._pending: dict[str, NDArray[Any]] = {}
-        self._pending_bytes = 0
-        self._files: list[list[str]] = []
-
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        self._write_pending()
-        if len(self._files) == 1:
-            (self._out / _part(0)).rename(self._out / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._files):
-            file = f"model-{index + 1:05d}-of-{len(self._files):05d}.safetensors"
-            (self._out / _part(index)).rename(self._out / file)
-            weight_map |= dict.fromkeys(names, file)
-        content = {"metadata": {"total_size": self.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._out / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
-
-    def add(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Take tensors over, by their names in the file."""
-        size_bytes = sum(values.nbytes for values in tensors.values())
-        if self._pending and self._pending_bytes + size_bytes > self._max_file_bytes:
-            self._write_pending()
-        self._pending |= tensors
-        self._pending_bytes += size_bytes
-        self.size_bytes += size_bytes
-
-    def _write_pending(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        file = self._out / _part(len(self._files))
-        values = {name: np.ascontiguousarray(self._pending[name]) for name in sorted(self._pending)}
-        try:
-            save_file(values, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # also what a full disk raises
-            raise OSError(f"The weights cannot be written to {file}: {error}. Free some disk space.") from error
-        self._files.append(sorted(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-
-def _part(index: int) -> str:
-    return f"part-{index}.safetensors"

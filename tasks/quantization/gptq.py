@@ -101,7 +101,7 @@ def gptq(
     left[:, dead] = 0
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(in_features)
     left = left[:, order]
-    upper, damping = _upper_factor(hessian[order][:, order], dead[order], damping, layer)
+    upper, damping = _upper_factor_(hessian[order[:, None], order], dead[order], damping, layer)
     integers = torch.empty_like(left, dtype=torch.int8 if options.symmetric else torch.uint8)
     zero = affine.zero
     for start in range(0, in_features, block_size):
@@ -124,20 +124,22 @@ def gptq(
     return Found(stored(unordered, affine, options.group_size), damping)
 
 
-def _upper_factor(hessian: "Tensor", dead: "Tensor", damping: float, layer: str) -> "tuple[Tensor, float]":
-    """U with U^T U = (H + lambda I)^-1, upper triangular, and lambda as it had to be."""
+def _upper_factor_(hessian: "Tensor", dead: "Tensor", damping: float, layer: str) -> "tuple[Tensor, float]":
+    """U with U^T U = (H + lambda I)^-1, upper triangular, and lambda as it had to be; `hessian` is overwritten."""
     import torch
 
     mean = float(hessian.diagonal()[~dead].mean()) if not dead.all() else 1.0
-    hessian = hessian / mean  # small inputs would underflow
+    hessian /= mean  # small inputs would underflow
     hessian.diagonal()[dead] = 1
-    identity = torch.eye(len(hessian))
+    diagonal = hessian.diagonal().clone()
     while damping <= 1:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * identity)
+        hessian.diagonal().copy_(diagonal + damping)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and upper.isfinite().all():
-            return upper, damping
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed and factor.isfinite().all():
+            return factor, damping
         damping *= 10
     raise ValueError(
         f"The Hessian of {layer} has no Cholesky factor, whatever the damping up to the mean of its diagonal. "

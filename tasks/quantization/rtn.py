@@ -5,6 +5,7 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference, CVPR 2018, arXi
 but with the restricted range for symmetric grids and scales rounded up to float16; `ranges.py` can narrow them.
 """
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from tasks.quantization.checkpoint_format import QuantizedWeight
     from tasks.quantization.grid import Affine
+
+ROWS_AT_ONCE = 2048
+"""So that an embedding needs little more memory than itself."""
 
 
 class RoundToNearest(Targets, frozen=True, extra="forbid"):
@@ -43,10 +47,16 @@ def round_to_nearest(weight: "Tensor", options: Grid, layer: str) -> "QuantizedW
     Raises:
         ValueError: the weight is not finite, or the group size does not divide its width.
     """
+    import torch
+
     from tasks.quantization.grid import in_groups
 
     affine = fit(weight, options, layer)
-    integers = affine.expanded().quantize(in_groups(weight, options.group_size, layer))
+    groups, grids = in_groups(weight, options.group_size, layer), affine.expanded()
+    integers = torch.empty(groups.shape, dtype=torch.int8 if options.symmetric else torch.uint8)
+    for start in range(0, len(groups), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        integers[rows] = grids.each(itemgetter(rows)).quantize(groups[rows])
     return stored(integers.reshape(weight.shape), affine, options.group_size)
 
 

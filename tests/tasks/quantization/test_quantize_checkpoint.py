@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.calibration.checkpoints import load_model
+from tasks.calibration.tensor_files import Tensors
 from tasks.quantization import Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
-from tasks.quantization.checkpoint_format import QuantizedWeight, Tensors, TensorWriter, read_weights
+from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
 
 INT8 = Grid()
 INT4 = Grid(bits=4, group_size=32)
@@ -171,6 +172,24 @@ def test_tokens_of_another_vocabulary_are_refused(tiny_checkpoint, tmp_path):
         quantize_checkpoint(checkpoint=tiny_checkpoint, data=tmp_path, method=Gptq(), out=tmp_path / "out")
 
 
+def test_calibration_without_sequences_is_refused(tiny_checkpoint, tmp_path):
+    np.save(tmp_path / "calibration.npy", np.empty((0, 8), np.int32))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"at least one sequence; got none\. Raise data\.num_calibration_sequences"):
+        quantize_checkpoint(checkpoint=tiny_checkpoint, data=tmp_path, method=Gptq(), out=tmp_path / "out")
+
+
+def test_fewer_tokens_than_inputs_are_told(tiny_checkpoint, tmp_path):
+    np.save(tmp_path / "calibration.npy", CALIBRATION[:3])
+    (tmp_path / "out").mkdir()
+    few = quantize_checkpoint(checkpoint=tiny_checkpoint, data=tmp_path, method=Gptq(), out=tmp_path / "out")
+    (note,) = [note for note in few.notes if "rank-deficient" in note]
+    assert note.startswith("Calibration has 96 tokens, and 4 layers have more inputs")
+    assert "layers.0.mlp.down_proj with 128" in note
+    _, enough = quantized(tiny_checkpoint, tmp_path, Gptq(), "enough")
+    assert not any("rank-deficient" in note for note in enough.notes)
+
+
 def test_float_checkpoint_is_read_as_it_is(tiny_checkpoint):
     weights = read_weights(tiny_checkpoint)
     original = load_file(tiny_checkpoint / "model.safetensors")
@@ -197,17 +216,6 @@ def test_checkpoint_keeps_tokenizer_and_generation_settings(tiny_checkpoint, tmp
     out, _ = quantized(tiny_checkpoint, tmp_path, METHODS["w8"])
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
-
-
-def test_large_checkpoints_are_split_and_read_back(tmp_path):
-    arrays = {f"layer{index}.weight": np.full((4, 8), index, dtype=np.float32) for index in range(5)}
-    with TensorWriter(tmp_path, max_file_bytes=300) as writer:
-        for name, array in arrays.items():
-            writer.add({name: array})
-    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
-    with Tensors(tmp_path) as tensors:
-        assert tensors.names == sorted(arrays)
-        assert all(np.array_equal(tensors.floats(name), array) for name, array in arrays.items())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -283,12 +291,13 @@ def test_refuses_an_unknown_family(tiny_checkpoint, tmp_path):
         quantized(copy, tmp_path, METHODS["w8"])
 
 
+@pytest.mark.parametrize("method", [METHODS["w8"], METHODS["gptq w4 g32"]], ids=["rtn", "gptq"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_refuses_weights_that_are_not_finite(tiny_checkpoint, tmp_path, name):
+def test_refuses_weights_that_are_not_finite(tiny_checkpoint, tmp_path, name, method):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, copy)
     tensors = load_file(copy / "model.safetensors")
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name.removesuffix('.weight')}.* NaN or infinite"):
-        quantized(copy, tmp_path, METHODS["w8"])
+        quantized(copy, tmp_path, method)

@@ -1,0 +1,140 @@
+"""What quantization made of a checkpoint, layer by layer and as a whole."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
+from tasks.quantization.rtn import ROWS_AT_ONCE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class QuantizedLayer(BaseModel, frozen=True):
+    """What quantization made of one layer."""
+
+    name: str
+    num_weights: int
+    bits: int
+    symmetric: bool
+    group_size: int | None
+    bits_per_weight: float  # with scales (float16) and zero points
+    relative_error: float  # ||W - W'|| / ||W||, Frobenius norms
+    max_error: float  # largest |w - w'|
+    sqnr_db: float | None  # 20 log10(||W|| / ||W - W'||); None where nothing was lost
+    output_error: float | None  # ||(W - W') X|| / ||W X|| on the calibration tokens; None: a method that reads none
+    note: str  # what the method had to do; empty: nothing unusual
+
+
+class QuantizationSummary(BaseModel, frozen=True):
+    """What quantization made of a checkpoint."""
+
+    num_parameters: int  # tied ones once
+    num_quantized: int
+    bits_per_weight: float  # of the quantized weights, with scales (float16) and zero points
+    bits_per_parameter: float  # of the whole checkpoint's tensors
+    size_bytes_before: int  # the tensors as float32
+    size_bytes: int  # the safetensors files
+    relative_error: float  # over all quantized weights together
+    worst_layer: str  # the one with the largest relative error
+    worst_relative_error: float
+    resumed_from_block: int | None  # the first that this run computed, going on after an interruption
+    layers: list[QuantizedLayer]
+    left_float: list[str]  # layers that could have been quantized and were not
+    notes: list[str]
+
+
+class Measured(BaseModel, frozen=True):
+    """A quantized layer's figures, what sums over layers need beside them, and how it is stored."""
+
+    layer: QuantizedLayer
+    error_squared: float
+    norm_squared: float
+    scheme: Scheme
+
+
+def measure(
+    name: str,
+    values: NDArray[np.float32],
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    output_error: float | None = None,
+    note: str = "",
+) -> Measured:
+    """The figures of a layer.
+
+    Args:
+        name: the layer's.
+        values: [out, in] float32, its weight before.
+        weight: and after.
+        scheme: how that is stored.
+        output_error: on the calibration tokens, where the method has seen some.
+        note: what the method had to do.
+    """
+    dequantized = weight.dequantize()
+    error_squared = norm_squared = max_error = 0.0
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        error = values[rows] - dequantized[rows]
+        error_squared += float(np.square(error, dtype=np.float64).sum())
+        norm_squared += float(np.square(values[rows], dtype=np.float64).sum())
+        max_error = max(max_error, float(np.abs(error).max()))
+    layer = QuantizedLayer(
+        name=name,
+        num_weights=values.size,
+        bits=weight.bits,
+        symmetric=weight.zero_point is None,
+        group_size=weight.group_size,
+        bits_per_weight=weight.size_bits / values.size,
+        relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
+        max_error=max_error,
+        sqnr_db=10 * math.log10(norm_squared / error_squared) if error_squared and norm_squared else None,
+        output_error=output_error,
+        note=note,
+    )
+    return Measured(layer=layer, error_squared=error_squared, norm_squared=norm_squared, scheme=scheme)
+
+
+def summarize(
+    measured: list[Measured],
+    *,
+    num_parameters: int,
+    size_bytes: int,
+    left_float: list[str],
+    resumed_from_block: int | None,
+    notes: list[str],
+) -> QuantizationSummary:
+    """The figures of all layers together; `notes` come before those on single layers."""
+    layers = [each.layer for each in measured]
+    num_quantized = sum(layer.num_weights for layer in layers)
+    error_squared = sum(each.error_squared for each in measured)
+    norm_squared = sum(each.norm_squared for each in measured)
+    worst = max(layers, key=lambda layer: layer.relative_error)
+    return QuantizationSummary(
+        num_parameters=num_parameters,
+        num_quantized=num_quantized,
+        bits_per_weight=sum(layer.bits_per_weight * layer.num_weights for layer in layers) / num_quantized,
+        bits_per_parameter=size_bytes * 8 / num_parameters,
+        size_bytes_before=num_parameters * 4,
+        size_bytes=size_bytes,
+        relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
+        worst_layer=worst.name,
+        worst_relative_error=worst.relative_error,
+        resumed_from_block=resumed_from_block,
+        layers=layers,
+        left_float=left_float,
+        notes=[*notes, *(f"{layer.name}: {layer.note}" for layer in layers if layer.note)],
+    )
+
+
+def refuse_not_finite(values: "Tensor", name: str) -> None:
+    """Raise ValueError if a weight holds NaN or infinite values."""
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )
