@@ -332,12 +332,12 @@ class RestOfModel:
             self._state.hidden = _run(self._blocks[self._index], self._index, self._state)
         self._index += 1
 
-    def log_probabilities(self) -> Tensor:
-        """[batch, seq, vocab] float32 of the next token."""
+    def log_probabilities(self, every: int = 1) -> Tensor:
+        """[batch, positions, vocab] float32 of the next token, at each `every`th position up to the last."""
         hidden = self._state.hidden
         with torch.no_grad():
             for index in range(self._index, len(self._blocks)):
                 hidden = _run(self._blocks[index], index, _Batch(hidden, self._state.arguments))
-            hidden = self._model.get_submodule(self._family.final_norm)(hidden)
+            hidden = self._model.get_submodule(self._family.final_norm)(hidden[:, every - 1 :: every])
             logits: Tensor = self._model.get_submodule(self._family.lm_head)(hidden)
             return logits.float().log_softmax(dim=-1)

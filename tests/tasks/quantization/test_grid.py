@@ -128,7 +128,7 @@ def test_bit_exact_with_onnx_runtime(kind, group_size):
     scale[1] /= 2  # saturates
     zero_point = None if symmetric else grid.asymmetric_zero_point(low, scale, bits)
     points = torch.zeros_like(scale) if zero_point is None else zero_point
-    # In groups of one element, ONNX Runtime 1.31 turns infinities into the smallest 4-bit integer; elsewhere it saturates.
+    # In groups of one element, ONNX Runtime 1.31 turns infinities into the smallest 4-bit integer; else it saturates.
     beyond = 1e4 if bits == 4 and group_size == 1 else float("inf")
     x[5, 1], x[5, 2] = beyond, -beyond
 

@@ -36,7 +36,9 @@ def bits(choice):
 
 
 def test_the_part_that_minds_most_gets_the_bits():
-    scores = [score(n, g, k) for n, a, b in (("calm", 0.1, 0.01), ("shy", 0.9, 0.02)) for g, k in ((INT4, a), (INT8, b))]
+    scores = [
+        score(n, g, k) for n, a, b in (("calm", 0.1, 0.01), ("shy", 0.9, 0.02)) for g, k in ((INT4, a), (INT8, b))
+    ]
     found = allocate(scores, Mixed(choices=(INT4, INT8), bits_per_weight=7))
     assert found.grids == {"calm": INT4, "shy": INT8}
     assert found.predicted_kl == pytest.approx(0.12)

@@ -5,7 +5,7 @@ import torch
 from tasks.calibration.checkpoints import load_model
 from tasks.quantization import Grid
 from tasks.quantization.rtn import round_to_nearest
-from tasks.quantization.sensitivity import measure_sensitivity, read_scores
+from tasks.quantization.sensitivity import EVERY, measure_sensitivity, read_scores
 
 CHOICES = (Grid(bits=2, group_size=16), Grid(bits=4, group_size=16), Grid())
 TOKENS = np.random.default_rng(0).integers(0, 512, (4, 32)).astype(np.int32)
@@ -30,11 +30,11 @@ def divergence(checkpoint, layers, grid):
     model = load_model(checkpoint)
     ids = torch.from_numpy(TOKENS.astype(np.int64))
     with torch.no_grad():
-        before = model(input_ids=ids).logits.log_softmax(-1)
+        before = model(input_ids=ids).logits[:, EVERY - 1 :: EVERY].log_softmax(-1)
         for layer in layers:
             weight = model.get_submodule(layer).weight
             weight.copy_(torch.from_numpy(round_to_nearest(weight.clone(), grid, layer).dequantize()))
-        after = model(input_ids=ids).logits.log_softmax(-1)
+        after = model(input_ids=ids).logits[:, EVERY - 1 :: EVERY].log_softmax(-1)
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
