@@ -17,8 +17,7 @@ from tasks.calibration.corpora import Data
 from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
 from tasks.pruning import PruningMethod
-from tasks.quantization import QuantizationMethod
-from tasks.quantization.mixed import possible_grids
+from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.validation import Limits, Quality, Speed, unmeasurable
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -38,6 +37,16 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
     def _recovery_follows_pruning(self) -> "Candidate":
         if self.recovery and not self.pruning:
             raise ValueError("`recovery` trains a pruned model; add `pruning`, or use `distillation` instead.")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_changes_what_the_source_has(self) -> "Candidate":
+        changed_by = "distillation" if self.distillation else "pruning" if self.pruning else None
+        if isinstance(self.quantization, FromSource) and changed_by:
+            raise ValueError(
+                f"`method: source` keeps weights as they were imported, and `{changed_by}` changes them; "
+                "use `method: gptq` or `rtn` after it."
+            )
         return self
 
 
@@ -113,8 +122,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
     """Why `engine` cannot compute with what `method` makes; None if it can."""
-    grids = possible_grids(method.weights, method.embeddings) if method else ()
-    return next((problem for grid in grids if (problem := engine.cannot_hold(grid))), None)
+    return next((problem for grid in grids_of(method) if (problem := engine.cannot_hold(grid))), None)
 
 
 class RecipeError(ValueError):

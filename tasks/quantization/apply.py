@@ -13,7 +13,7 @@ from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
-from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization import FromSource, Grid, QuantizationMethod
 from tasks.quantization.blocks import quantize_blocks
 from tasks.quantization.checkpoint_format import (
     packed_scheme,
@@ -23,6 +23,7 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     tied_tensors,
 )
+from tasks.quantization.source_weights import SourceWeights
 from tasks.quantization.summary import Measured, QuantizationSummary, measure, refuse_not_finite, summarize
 
 logger = logging.getLogger(__name__)
@@ -65,14 +66,23 @@ def quantize_checkpoint(
     measured: dict[str, Measured] = {}
     notes: list[str] = []
     resumed_from_block = None
-    with _kept(work_dir, out) as work, Tensors(checkpoint) as tensors, TensorWriter(out) as writer:
+    with (
+        _kept(work_dir, out) as work,
+        Tensors(checkpoint) as tensors,
+        SourceWeights(checkpoint) as source,
+        TensorWriter(out) as writer,
+    ):
         tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
         config["tie_word_embeddings"] = tied
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
-        grids = _grids(method, family, num_layers, tied)
+        targets = _targets(method, family, num_layers, tied)
+        if isinstance(method, FromSource):
+            carried = [module for module, target in targets.items() if target]
+            targets |= source.targets(method, carried, (family.embedding, family.lm_head))
         if method.method == "gptq":
-            calibrated = {name: grid for name in family.all_linears(num_layers) if (grid := grids[name])}
+            linears = family.all_linears(num_layers)
+            calibrated = {name: grid for name in linears if isinstance(grid := targets[name], Grid)}
             walk = quantize_blocks(checkpoint, tensors, data, family, method, calibrated, work, report)
             for file in walk.files:
                 writer.add_file(file)
@@ -83,13 +93,16 @@ def quantize_checkpoint(
             if name in writer or (name.endswith(".weight") and module in measured):
                 continue
             values = tensors.copy(name)
-            grid = grids.get(module) if name.endswith(".weight") else None
-            if grid is None:
+            target = targets.get(module) if name.endswith(".weight") else None
+            if target is None:
                 refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
-            weight = method.quantize(values, grid, module)
+            if isinstance(target, FromSource):
+                weight = source.carry(module, values.numpy())
+            else:
+                weight = method.quantize(values, target, module)
             is_table = module in (family.embedding, family.lm_head)
             scheme = plain_scheme(weight) if is_table else packed_scheme(weight)
             measured[module] = measure(module, values.numpy(), weight, scheme)
@@ -100,7 +113,7 @@ def quantize_checkpoint(
     schemes = {name: each.scheme for name, each in measured.items()}
     if tied and family.embedding in schemes:
         schemes[family.lm_head] = schemes[family.embedding]
-    left_float = [module for module, grid in grids.items() if grid is None]
+    left_float = [module for module, target in targets.items() if target is None]
     config["dtype"] = "float32"
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)
@@ -118,7 +131,7 @@ def quantize_checkpoint(
         size_bytes=writer.size_bytes,
         left_float=left_float,
         resumed_from_block=resumed_from_block,
-        notes=notes,
+        notes=notes + source.costs(list(measured.values())),
     )
 
 
@@ -132,11 +145,14 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _grids(method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool) -> dict[str, Grid | None]:
-    """The grid of every layer that could be quantized; None where it is left alone."""
-    modules: dict[str, Grid | None] = dict.fromkeys(family.all_linears(num_layers), method.weights)
-    modules[family.embedding] = method.embeddings
-    modules[family.lm_head] = method.embeddings
+def _targets(
+    method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool
+) -> dict[str, Grid | FromSource | None]:
+    """The grid of every layer that could be quantized, or the source's own; None where it is left alone."""
+    linears, tables = (method, method) if isinstance(method, FromSource) else (method.weights, method.embeddings)
+    modules: dict[str, Grid | FromSource | None] = dict.fromkeys(family.all_linears(num_layers), linears)
+    modules[family.embedding] = tables
+    modules[family.lm_head] = tables
     for module in matching(list(modules), method.ignore):
         modules[module] = None
     if tied:

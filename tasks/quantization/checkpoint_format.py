@@ -50,9 +50,11 @@ class QuantizedWeight:
         """The weight's values, [out, in] float32."""
         out_features, in_features = self.integers.shape
         values = self.integers.reshape(out_features, self.scale.shape[1], -1).astype(np.float32)
-        if self.zero_point is not None:
+        if self.zero_point is not None and not self.has_real_zero_point:
             values -= self.zero_point[:, :, None]  # integers: exact in float32
         values *= self.scale[:, :, None]
+        if self.has_real_zero_point:
+            values += self.offset[:, :, None]  # as GGUF and the engines have it; zero points are rounded quotients
         return values.reshape(out_features, in_features)
 
     @property
@@ -107,7 +109,7 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
                 continue
             if quantization is not None and f"{module}.weight_scale" in tensors:
                 if parameter in ("weight", "weight_packed"):
-                    weights[f"{module}.weight"] = _read_quantized(tensors, module, quantization)
+                    weights[f"{module}.weight"] = read_quantized(tensors, module, quantization)
                 elif not parameter.startswith("weight_"):
                     weights[name] = tensors.floats(name)
             else:
@@ -115,13 +117,18 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
     return weights
 
 
-def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
+def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
+    """A quantized layer's weight, as `quantization_config` and the tensors of its checkpoint have it.
+
+    Raises:
+        ValueError: it is stored in a way this reader does not know.
+    """
     if f"{module}.weight_g_idx" in tensors:
         raise ValueError(
             f"{module} must keep its inputs in order; it has an activation order (weight_g_idx). "
             "Quantize the model again without `actorder`."
         )
-    arguments = _scheme(module, quantization)
+    arguments = layer_scheme(module, quantization)
     bits = int(arguments["num_bits"])
     if arguments.get("type", "int") != "int" or not 1 <= bits <= 8:
         raise ValueError(
@@ -157,7 +164,7 @@ def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, An
     return QuantizedWeight(stored, scale, zero_point, bits, group_size)
 
 
-def _scheme(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+def layer_scheme(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     """Arguments of the group that `module` belongs to: by exact name, else by pattern, else by class."""
     kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
     groups = quantization["config_groups"].values()
