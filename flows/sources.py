@@ -1,7 +1,5 @@
 """What a recipe means for a source that is quantized already, told from a GGUF file's header before anything runs."""
 
-import functools
-
 from flows.recipe import Candidate, Recipe
 from tasks.calibration.checkpoints import parse_source
 from tasks.calibration.gguf_header import read_gguf_header
@@ -17,13 +15,14 @@ RECOVERED = ("Q4_1", "Q5_1", "Q8_0")
 
 def source_obstacles(recipe: Recipe) -> list[str]:
     """Why candidates with `method: source` cannot be made; empty where they can, or where only importing tells."""
+    methods = {name: candidate.quantization for name, candidate in recipe.candidates.items()}
+    carrying = {name: method for name, method in methods.items() if isinstance(method, FromSource)}
+    if not carrying or not (types := _gguf_types(recipe.source)):
+        return []
+    kinds = sorted(set(types.values()) - set(GGUF_FLOATS))
+    strange = [tensor for tensor, kind in types.items() if kind in kinds and kind not in GGUF_GRIDS]
     found = []
-    for name, candidate in recipe.candidates.items():
-        method = candidate.quantization
-        if not isinstance(method, FromSource) or not (types := _gguf_types(recipe.source)):
-            continue
-        kinds = sorted(set(types.values()) - set(GGUF_FLOATS))
-        strange = [tensor for tensor, kind in types.items() if kind in kinds and kind not in GGUF_GRIDS]
+    for name, method in carrying.items():
         if not kinds:
             found.append(
                 f"candidate {name!r}: `method: source` needs a quantized source; {recipe.source} is of floats."
@@ -34,7 +33,7 @@ def source_obstacles(recipe: Recipe) -> list[str]:
                 f"first is {strange[0]} ({types[strange[0]]}). Types that it can are {', '.join(GGUF_GRIDS)}. Set "
                 "`otherwise` to a grid for the others."
             )
-        for engine in recipe.engines_of(candidate):
+        for engine in recipe.engines_of(recipe.candidates[name]):
             problems = (engine.cannot_hold(GGUF_GRIDS[kind]) for kind in kinds if kind in GGUF_GRIDS)
             if problem := next(filter(None, problems), None):
                 found.append(
@@ -70,7 +69,6 @@ def _rounds_again(candidate: Candidate, types: dict[str, str]) -> bool:
     )
 
 
-@functools.cache
 def _gguf_types(source: str) -> dict[str, str]:
     """Types of a GGUF source's matrices, by their names in the file; empty for other sources."""
     parsed = parse_source(source)

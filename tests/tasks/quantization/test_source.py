@@ -17,6 +17,7 @@ from tasks.engines.onnxruntime import OnnxRuntime
 from tasks.engines.openvino import OpenVino
 from tasks.engines.parity import compare
 from tasks.engines.pytorch import PyTorch
+from tasks.engines.tensorrt import TensorRT
 from tasks.quantization import FromSource, Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
@@ -263,3 +264,18 @@ def test_the_kept_integers_do_not_count_as_the_models_size(
     summary = import_checkpoint(source=str(tmp_path / "tiny.gguf"), out=out)
     shutil.rmtree(out / FOLDER)
     assert summary.size_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def test_tensorrt_refuses_negative_scales_of_8_bits(tmp_path: Path, source: Callable[..., Path]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out, _ = carried(source({"model.embed_tokens.weight": "Q8_0", "*": "Q5_0"}), tmp_path)
+    engine = TensorRT(precision="float16", max_length=64, max_prompt=32)
+    with pytest.raises(
+        ValueError, match=r"positive scales only; layer 0's q has scales down to -0\.\d+, as GGUF's Q5_0"
+    ):
+        engine.compile(out, tmp_path)
+
+
+def test_tables_of_other_layers_have_integer_zero_points() -> None:
+    with pytest.raises(ValueError, match="the `zero_point` of `otherwise` must be integer"):
+        FromSource(otherwise=Grid(bits=4, symmetric=False, zero_point="real"))
