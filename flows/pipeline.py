@@ -16,7 +16,10 @@ from tasks.data import prepare_data
 from tasks.distill import distill, recover
 from tasks.engines import label
 from tasks.prune import prune
+from tasks.quantization import FromSource
+from tasks.quantization.mixed import Mixed
 from tasks.quantize import quantize
+from tasks.sensitivity import measure_sensitivity
 from tasks.validate import measure_quality, measure_reference, measure_speed
 
 Run = Callable[..., StageResult]
@@ -101,7 +104,18 @@ def _compress(
                 seed=recipe.seed,
             )
     if candidate.quantization:
-        checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=candidate.quantization)
+        method, scores = candidate.quantization, None
+        if not isinstance(method, FromSource) and isinstance(method.weights, Mixed):
+            scores = run(
+                measure_sensitivity,
+                name,
+                checkpoint=checkpoint,
+                data=data,
+                choices=method.weights.choices,
+                embedding_choices=method.weights.embedding_choices,
+                ignore=method.ignore,
+            )
+        checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=method, scores=scores)
     return checkpoint
 
 

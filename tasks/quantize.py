@@ -19,16 +19,28 @@ DECIDES = ("tasks.quantization.apply", ("torch", "transformers", "compressed-ten
     result_serializer="json",
 )
 def quantize(
-    checkpoint: StageResult, data: StageResult, method: QuantizationMethod, *, parent: Parent, label: str = ""
+    checkpoint: StageResult,
+    data: StageResult,
+    method: QuantizationMethod,
+    scores: StageResult | None = None,
+    *,
+    parent: Parent,
+    label: str = "",
 ) -> StageResult:
-    """`checkpoint` with its weights quantized by `method`."""
-    key = stage_key("quantize", {"checkpoint": checkpoint, "data": data, "method": method}, *DECIDES, None)
+    """`checkpoint` with its weights quantized by `method`, on grids chosen by `scores` where it leaves a choice."""
+    inputs = {"checkpoint": checkpoint, "data": data, "method": method, "scores": scores}
+    key = stage_key("quantize", inputs, *DECIDES, None)
     return run_stage(
         "quantize",
         "tasks.quantization.apply:quantize_checkpoint",
         parent=parent,
-        inputs=[checkpoint, data],
-        arguments={"checkpoint": checkpoint.artifact.path, "data": data.artifact.path, "method": method},
+        inputs=[checkpoint, data, *([scores] if scores else [])],
+        arguments={
+            "checkpoint": checkpoint.artifact.path,
+            "data": data.artifact.path,
+            "method": method,
+            "scores": scores.artifact.path if scores else None,
+        },
         params={"quantization": method},
         result=QuantizationSummary,
         kind="checkpoint",

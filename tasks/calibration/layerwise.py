@@ -128,18 +128,18 @@ def compress_blocks(
                 pass
     linears = block_linears(model, family, layers)
     for index in range(first_block, len(blocks)):
-        run = _Block(blocks[index], index, arguments, residence)
+        block = _Block(blocks[index], index, arguments, residence)
         with residence.block(family.block(index)):
             steps = [step for step in _steps(family, index, linears[index]) if step]
             if prepare_ and steps:
-                _prepare_block_(run, family.block(index), steps, make_statistic, prepare_)
+                _prepare_block_(block, family.block(index), steps, make_statistic, prepare_)
             if step_by_step:
                 for step in steps:
-                    _compress_step_(run, step, make_statistic, compress_)
+                    _compress_step_(block, step, make_statistic, compress_)
             elif linears[index]:
-                _compress_at_once_(run, linears[index], make_statistic, compress_)
+                _compress_at_once_(block, linears[index], make_statistic, compress_)
             if index + 1 < len(blocks):
-                residence.keep(index + 1, run.outputs())
+                residence.keep(index + 1, block.outputs())
         if finish:
             finish(index)
         report(index + 1, len(blocks), {})
@@ -161,6 +161,7 @@ class _Block:
         return result
 
     def outputs(self) -> Iterator[Tensor]:
+        """What the next block reads, batch by batch."""
         return (self.run(hidden) for hidden in self.residence.hidden())
 
     def show_inputs(self, statistics: dict[nn.Linear, Statistic]) -> None:
@@ -172,7 +173,7 @@ class _Block:
 
 
 def _prepare_block_(
-    run: _Block,
+    block: _Block,
     name: str,
     steps: Sequence[dict[str, nn.Linear]],
     make_statistic: Callable[[int], Statistic],
@@ -180,12 +181,12 @@ def _prepare_block_(
 ) -> None:
     firsts = dict(next(iter(step.items())) for step in steps)
     observed = {layer: make_statistic(linear.in_features) for layer, linear in firsts.items()}
-    run.show_inputs({linear: observed[layer] for layer, linear in firsts.items()})
+    block.show_inputs({linear: observed[layer] for layer, linear in firsts.items()})
     prepare_(name, observed)
 
 
 def _compress_step_(
-    run: _Block,
+    block: _Block,
     step: dict[str, nn.Linear],
     make_statistic: Callable[[int], Statistic],
     compress_: Callable[[str, Tensor, Statistic], None],
@@ -193,20 +194,20 @@ def _compress_step_(
     """Compress layers that read the same input, so one of them is watched for all."""
     first = next(iter(step.values()))
     shared = make_statistic(first.in_features)
-    run.show_inputs({first: shared})
+    block.show_inputs({first: shared})
     for name, linear in step.items():
         compress_(name, linear.weight, shared)
 
 
 def _compress_at_once_(
-    run: _Block,
+    block: _Block,
     linears: dict[str, nn.Linear],
     make_statistic: Callable[[int], Statistic],
     compress_: Callable[[str, Tensor, Statistic], None],
 ) -> None:
     """Compress layers of one block, each with a statistic of its own from before any of them changes."""
     statistics = {name: make_statistic(linear.in_features) for name, linear in linears.items()}
-    run.show_inputs({linear: statistics[name] for name, linear in linears.items()})
+    block.show_inputs({linear: statistics[name] for name, linear in linears.items()})
     for name, linear in linears.items():
         compress_(name, linear.weight, statistics[name])
 
@@ -320,24 +321,25 @@ class RestOfModel:
 
     def __init__(self, model: "PreTrainedModel", family: Architecture, input_ids: Tensor) -> None:
         """Stand before the first block with `input_ids` [batch, seq] int64, no padding."""
-        self._model, self._family = model, family
-        self._blocks: nn.ModuleList = model.get_submodule(family.blocks)
-        self._index = 0
+        blocks: nn.ModuleList = model.get_submodule(family.blocks)
+        arguments: Arguments = {}
+        residence = InMemory(model)
         with torch.no_grad():
-            (self._state,) = _enter_blocks(model, self._blocks, [input_ids])
+            (self._hidden,) = _enter_blocks(model, blocks, [input_ids], residence, arguments)
+        self._ahead = [_Block(block, index, arguments, residence) for index, block in enumerate(blocks)]
+        self._norm = model.get_submodule(family.final_norm)
+        self._head = model.get_submodule(family.lm_head)
 
     def advance(self) -> None:
         """Go past the next block, as it is now."""
         with torch.no_grad():
-            self._state.hidden = _run(self._blocks[self._index], self._index, self._state)
-        self._index += 1
+            self._hidden = self._ahead.pop(0).run(self._hidden)
 
     def log_probabilities(self, every: int = 1) -> Tensor:
         """[batch, positions, vocab] float32 of the next token, at each `every`th position up to the last."""
-        hidden = self._state.hidden
+        hidden = self._hidden
         with torch.no_grad():
-            for index in range(self._index, len(self._blocks)):
-                hidden = _run(self._blocks[index], index, _Batch(hidden, self._state.arguments))
-            hidden = self._model.get_submodule(self._family.final_norm)(hidden[:, every - 1 :: every])
-            logits: Tensor = self._model.get_submodule(self._family.lm_head)(hidden)
+            for block in self._ahead:
+                hidden = block.run(hidden)
+            logits: Tensor = self._head(self._norm(hidden[:, every - 1 :: every]))
             return logits.float().log_softmax(dim=-1)

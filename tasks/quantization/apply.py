@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
-from tasks.quantization import FromSource, Grid, QuantizationMethod
+from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.blocks import quantize_blocks
 from tasks.quantization.checkpoint_format import (
     packed_scheme,
@@ -23,10 +24,19 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     tied_tensors,
 )
+from tasks.quantization.mixed import Mixed, Score, allocate
+from tasks.quantization.sensitivity import measure_divergence, read_scores
 from tasks.quantization.source_weights import SourceWeights
-from tasks.quantization.summary import Measured, QuantizationSummary, measure, refuse_not_finite, summarize
+from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5
+CAUTION = 0.9
+"""Of what a failed attempt suggests: the next one should not fail by a hair."""
 
 
 def quantize_checkpoint(
@@ -35,6 +45,7 @@ def quantize_checkpoint(
     data: Path,
     method: QuantizationMethod,
     out: Path,
+    scores: Path | None = None,
     work_dir: Path | None = None,
     report: Report = silent,
 ) -> QuantizationSummary:
@@ -46,6 +57,7 @@ def quantize_checkpoint(
         method: how.
         out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
             quantized is float32.
+        scores: what `measure_sensitivity` wrote for this checkpoint, where `method` leaves the choice of grids to it.
         work_dir: keeps finished blocks; a second call with the same arguments goes on after the last one and, on the
             same machine, ends with the very same bits. Round to nearest, a matter of seconds, begins again. None:
             nothing is kept.
@@ -54,8 +66,62 @@ def quantize_checkpoint(
     Raises:
         ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
             divide a layer; an `ignore` pattern matches no layer, or everything is ignored; there are no calibration
-            tokens; `work_dir` belongs to other arguments.
+            tokens; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
+    if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
+        return _quantize(checkpoint, data, method, {}, out, work_dir, report)
+    assert scores is not None  # the flow measures them first
+    measured = read_scores(scores)
+    if method.weights.max_kl is None:
+        allocation = allocate(measured, method.weights)
+        summary = _quantize(checkpoint, data, method, allocation.grids, out, work_dir, report)
+        return summary.model_copy(update={"mixed": describe(allocation)})
+    return _within_divergence(checkpoint, data, method, measured, method.weights.max_kl, out, work_dir, report)
+
+
+def _within_divergence(
+    checkpoint: Path,
+    data: Path,
+    method: RoundToNearest | Gptq,
+    scores: list[Score],
+    max_kl: float,
+    out: Path,
+    work_dir: Path | None,
+    report: Report,
+) -> QuantizationSummary:
+    """The smallest of the tried models whose divergence, measured as a whole, is at most `max_kl`.
+
+    Parts' divergences add up only roughly; where the sum promised too much, the next try is held to less.
+    """
+    assert isinstance(method.weights, Mixed)
+    aim, kl = max_kl, math.inf
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        allocation = allocate(scores, method.weights, max_kl=aim)
+        kept = work_dir / f"attempt-{attempt}" if work_dir else None
+        summary = _quantize(checkpoint, data, method, allocation.grids, out, kept, report)
+        kl = measure_divergence(checkpoint, out, data)
+        logger.info("attempt %d: %.4g bits, KL %.4g nats", attempt, allocation.bits_per_weight, kl)
+        if kl <= max_kl:
+            return summary.model_copy(update={"mixed": describe(allocation, measured_kl=kl, num_attempts=attempt)})
+        aim *= CAUTION * max_kl / kl
+        for file in out.iterdir():
+            file.unlink()
+    raise ValueError(
+        f"max_kl is {max_kl:g} nats; after {MAX_ATTEMPTS} attempts the model still diverges by {kl:.4g}. "
+        "Offer choices with more bits, or raise max_kl."
+    )
+
+
+def _quantize(
+    checkpoint: Path,
+    data: Path,
+    method: QuantizationMethod,
+    chosen: dict[str, Grid],
+    out: Path,
+    work_dir: Path | None,
+    report: Report,
+) -> QuantizationSummary:
+    """See `quantize_checkpoint`; `chosen` are the grids of the layers that mixed precision chose for."""
     config = json.loads((checkpoint / "config.json").read_text())
     if config.get("quantization_config"):
         raise ValueError(
@@ -76,7 +142,7 @@ def quantize_checkpoint(
         config["tie_word_embeddings"] = tied
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
-        targets = _targets(method, family, num_layers, tied)
+        targets = _targets(method, chosen, family, num_layers, tied)
         if isinstance(method, FromSource):
             carried = [module for module, target in targets.items() if target]
             targets |= source.targets(method, carried, (family.embedding, family.lm_head))
@@ -95,7 +161,7 @@ def quantize_checkpoint(
             values = tensors.copy(name)
             target = targets.get(module) if name.endswith(".weight") else None
             if target is None:
-                refuse_not_finite(values, name)
+                _refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
@@ -146,13 +212,17 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
 
 
 def _targets(
-    method: QuantizationMethod, family: Architecture, num_layers: int, tied: bool
+    method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
 ) -> dict[str, Grid | FromSource | None]:
     """The grid of every layer that could be quantized, or the source's own; None where it is left alone."""
-    linears, tables = (method, method) if isinstance(method, FromSource) else (method.weights, method.embeddings)
-    modules: dict[str, Grid | FromSource | None] = dict.fromkeys(family.all_linears(num_layers), linears)
-    modules[family.embedding] = tables
-    modules[family.lm_head] = tables
+    modules: dict[str, Grid | FromSource | None]
+    if isinstance(method, FromSource):
+        modules = dict.fromkeys([*family.all_linears(num_layers), family.embedding, family.lm_head], method)
+    else:
+        every = method.weights if isinstance(method.weights, Grid) else None
+        modules = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
+        modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
+        modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
     for module in matching(list(modules), method.ignore):
         modules[module] = None
     if tied:
@@ -165,3 +235,11 @@ def _targets(
     if not any(modules.values()):
         raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(method.ignore)}) leaves none.")
     return modules
+
+
+def _refuse_not_finite(values: "Tensor", name: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )

@@ -82,7 +82,8 @@ def quantize_blocks(
     model = empty_model(checkpoint)
     batches = calibration_batches(data, model.config.vocab_size, BATCH_SIZE)
     content = {"checkpoint": digests(checkpoint), "calibration": digest(data / "calibration.npy")}
-    claim(work_dir, {**content, "method": method.model_dump(mode="json")})
+    chosen = {name: grid.model_dump(mode="json") for name, grid in grids.items()}
+    claim(work_dir, {**content, "method": method.model_dump(mode="json"), "grids": chosen})
     num_blocks = len(model.get_submodule(family.blocks))
     files = [work_dir / f"block-{index}.safetensors" for index in range(num_blocks)]
     first = next((index for index, file in enumerate(files) if not file.exists()), num_blocks)

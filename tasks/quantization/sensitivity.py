@@ -17,6 +17,7 @@ from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import load_model
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import calibration_batches
+from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
 from tasks.quantization.mixed import Score, size_bits
 from tasks.quantization.ranges import Grid
 from tasks.quantization.rtn import round_to_nearest
@@ -67,11 +68,9 @@ def measure_sensitivity(
     Raises:
         ValueError: a group size does not divide a layer, or `ignore` leaves nothing.
     """
-    import torch
-
     model = load_model(checkpoint)
     family = architecture(model.config.model_type)
-    ids = torch.cat(calibration_batches(data, model.config.vocab_size, NUM_SEQUENCES))[:NUM_SEQUENCES, :LENGTH]
+    ids = _tokens(data, model)
     scores = list(_scores(model, family, ids, choices, embedding_choices, ignore, report))
     if not scores:
         raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(ignore)}) leaves none.")
@@ -96,6 +95,35 @@ def measure_sensitivity(
 def read_scores(directory: Path) -> list[Score]:
     """What `measure_sensitivity` wrote."""
     return TypeAdapter(list[Score]).validate_json((directory / SCORES).read_text(encoding="utf-8"))
+
+
+def measure_divergence(checkpoint: Path, quantized: Path, data: Path) -> float:
+    """KL(checkpoint || quantized), nats per token, on the tokens that `measure_sensitivity` reads."""
+    import torch
+
+    from tasks.calibration.layerwise import RestOfModel
+
+    model = load_model(checkpoint)
+    family = architecture(model.config.model_type)
+    ids = _tokens(data, model)
+    original = RestOfModel(model, family, ids).log_probabilities(EVERY)
+    tensors = model.state_dict()
+    with torch.no_grad():
+        for name, weight in read_weights(quantized).items():
+            values = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+            tensors[name].copy_(torch.from_numpy(values))
+    return _divergence(original, RestOfModel(model, family, ids).log_probabilities(EVERY))
+
+
+def _tokens(data: Path, model: "PreTrainedModel") -> "Tensor":
+    import torch
+
+    return torch.cat(calibration_batches(data, model.config.vocab_size, NUM_SEQUENCES))[:NUM_SEQUENCES, :LENGTH]
+
+
+def _divergence(original: "Tensor", changed: "Tensor") -> float:
+    """KL of log probabilities [batch, positions, vocab], the mean over positions."""
+    return float((original.exp() * (original - changed)).sum(dim=-1).mean())
 
 
 def _scores(
@@ -154,12 +182,11 @@ def _score(
     changed = log_probabilities()
     for weight, values in zip(weights, before, strict=True):
         weight.copy_(values)
-    kl = (original.exp() * (original - changed)).sum(dim=-1).mean()
     return Score(
         layers=layers,
         num_weights=sum(values.numel() for values in before),
         kind=kind,
         grid=grid,
         size_bits=sum(size_bits(grid, (values.shape[0], values.shape[1])) for values in before),
-        kl=float(kl),
+        kl=_divergence(original, changed),
     )

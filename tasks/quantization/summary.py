@@ -1,17 +1,14 @@
 """What quantization made of a checkpoint, layer by layer and as a whole."""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from tasks.quantization.checkpoint_format import QuantizedWeight, Scheme
+from tasks.quantization.mixed import Allocation, counts
 from tasks.quantization.rtn import ROWS_AT_ONCE
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class QuantizedLayer(BaseModel, frozen=True):
@@ -30,6 +27,16 @@ class QuantizedLayer(BaseModel, frozen=True):
     note: str  # what the method had to do; empty: nothing unusual
 
 
+class Choice(BaseModel, frozen=True):
+    """What mixed precision has chosen."""
+
+    layers: str  # how many on which grid
+    bits_per_weight: float  # of all weights it chose for
+    predicted_kl: float  # nats per token; the sum over the parts, each rounded to nearest alone
+    measured_kl: float | None  # of the whole model on the same tokens, where the budget was one of divergence
+    num_attempts: int
+
+
 class QuantizationSummary(BaseModel, frozen=True):
     """What quantization made of a checkpoint."""
 
@@ -43,6 +50,7 @@ class QuantizationSummary(BaseModel, frozen=True):
     worst_layer: str  # the one with the largest relative error
     worst_relative_error: float
     resumed_from_block: int | None  # the first that this run computed, going on after an interruption
+    mixed: Choice | None = None
     layers: list[QuantizedLayer]
     left_float: list[str]  # layers that could have been quantized and were not
     notes: list[str]
@@ -131,10 +139,12 @@ def summarize(
     )
 
 
-def refuse_not_finite(values: "Tensor", name: str) -> None:
-    """Raise ValueError if a weight holds NaN or infinite values."""
-    if not values.isfinite().all():
-        raise ValueError(
-            f"Weights must be finite; {name} holds NaN or infinite values. "
-            "The checkpoint is damaged or its training diverged: use another."
-        )
+def describe(allocation: Allocation, *, measured_kl: float | None = None, num_attempts: int = 1) -> Choice:
+    """What was chosen, for the summary."""
+    return Choice(
+        layers=counts(allocation.grids),
+        bits_per_weight=allocation.bits_per_weight,
+        predicted_kl=allocation.predicted_kl,
+        measured_kl=measured_kl,
+        num_attempts=num_attempts,
+    )

@@ -153,8 +153,8 @@ def long_training(tiny_checkpoint: Path, max_steps: int) -> dict:
     return chosen
 
 
-def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """A run in a session of its own, as a terminal gives it, under nohup, when it has trained for a few steps."""
+def start(path: Path, home: Path, until: str, errors: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """A run in a session of its own, as a terminal gives it, under nohup, when `until` is in a work directory."""
     home.mkdir()
     running = subprocess.Popen(
         ["nohup", sys.executable, "-m", "flows.cli", "run", str(path)],
@@ -166,7 +166,7 @@ def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> 
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not list(home.glob("work/*/checkpoint-*")) and time.monotonic() < deadline:
+    while not list(home.glob(f"work/*/{until}")) and time.monotonic() < deadline:
         assert running.poll() is None, "it ended too early"
         time.sleep(0.02)
     return running
@@ -175,7 +175,7 @@ def start_training(path: Path, home: Path, errors: int = subprocess.DEVNULL) -> 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGTERM to all"])
 def test_an_interrupted_run_ends_with_one_sentence_and_leaves_nothing(tiny_checkpoint, tmp_path, how):
     path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=100_000))
-    running = start_training(path, tmp_path / "home", errors=subprocess.PIPE)
+    running = start(path, tmp_path / "home", "checkpoint-*", errors=subprocess.PIPE)
     os.killpg(running.pid, signal.SIGHUP)
     time.sleep(1)
     assert running.poll() is None, "nohup did not keep it"
@@ -212,11 +212,22 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint, tmp_path):
+def long_quantization(tiny_checkpoint: Path) -> dict:
+    chosen = recipe(tiny_checkpoint, engines=[ONNXRUNTIME], register_as=None)
+    chosen["data"]["num_calibration_sequences"] = 256
+    chosen["validation"]["speed"] = None
+    chosen["candidates"] = {"int4": {"quantization": {"method": "gptq"}}}
+    return chosen
+
+
+@pytest.mark.parametrize("stage", ["training", "quantization"])
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint, tmp_path, stage):
     killed_home, calm_home = tmp_path / "killed", tmp_path / "calm"
     calm_home.mkdir()
-    path = write(tmp_path / "recipe.yaml", long_training(tiny_checkpoint, max_steps=40))
-    running = start_training(path, killed_home)
+    training = stage == "training"
+    content = long_training(tiny_checkpoint, max_steps=40) if training else long_quantization(tiny_checkpoint)
+    path = write(tmp_path / "recipe.yaml", content)
+    running = start(path, killed_home, "checkpoint-*" if training else "block-0.safetensors")
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     resumed = slimline("run", str(path), home=killed_home)
@@ -226,9 +237,9 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(tiny_checkpoint,
     calm = slimline("run", str(path), home=calm_home)
     assert calm.returncode in (0, 3), calm.stderr
 
-    def students(home: Path) -> set[str]:
+    def models(home: Path) -> set[str]:
         return {p.parent.parent.name for p in home.glob("artifacts/*/files/model.safetensors")}
 
-    assert students(killed_home) == students(calm_home)
-    assert len(students(calm_home)) == 2  # the original and the student
+    assert models(killed_home) == models(calm_home)
+    assert len(models(calm_home)) == 2  # the original and what was made of it
     assert not list(killed_home.glob("work/*"))

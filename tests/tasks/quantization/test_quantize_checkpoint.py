@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tasks.calibration.architectures import architecture
 from tasks.calibration.checkpoints import load_model
 from tasks.calibration.tensor_files import Tensors
 from tasks.quantization import Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
+from tasks.quantization.mixed import Mixed
+from tasks.quantization.sensitivity import measure_divergence, measure_sensitivity
 
 INT8 = Grid()
 INT4 = Grid(bits=4, group_size=32)
@@ -305,3 +308,67 @@ def test_refuses_weights_that_are_not_finite(tiny_checkpoint, tmp_path, name, me
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name.removesuffix('.weight')}.* NaN or infinite"):
         quantized(copy, tmp_path, method)
+
+
+CHOICES = [{"bits": 3, "group_size": 16}, {"bits": 4, "group_size": 16}, {"bits": 8}]
+
+
+def mixed(checkpoint, tmp_path, method, **budget):
+    """Sensitivity, then quantization by it, as the flow does."""
+    weights = Mixed(choices=CHOICES, embedding_choices=CHOICES[1:], **budget)
+    data, scores, out = (tmp_path / name for name in ("data", "scores", "out"))
+    for directory in (data, scores, out):
+        directory.mkdir()
+    np.save(data / "calibration.npy", CALIBRATION)
+    measure_sensitivity(
+        checkpoint=checkpoint,
+        data=data,
+        choices=weights.choices,
+        embedding_choices=weights.embedding_choices,
+        ignore=(),
+        out=scores,
+    )
+    method = method.model_copy(update={"weights": weights})
+    summary = quantize_checkpoint(
+        checkpoint=checkpoint, data=data, method=method, out=out, scores=scores, work_dir=tmp_path / "work"
+    )
+    return out, data, summary
+
+
+@pytest.mark.parametrize("method", [RoundToNearest(), Gptq()], ids=["rtn", "gptq"])
+def test_mixed_precision_keeps_its_budget_in_a_checkpoint_that_stock_transformers_loads(
+    method, tiny_checkpoint, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    out, _, summary = mixed(tiny_checkpoint, tmp_path, method, bits_per_weight=6)
+    assert summary.bits_per_weight <= 6
+    assert summary.bits_per_weight == pytest.approx(summary.mixed.bits_per_weight)
+    assert len({layer.bits for layer in summary.layers}) > 1
+    bits = {layer.name: layer.bits for layer in summary.layers}
+    for index in range(4):  # what engines multiply at once shares a grid
+        for step in architecture("llama").steps:
+            assert len({bits[f"model.layers.{index}.{linear}"] for linear in step}) == 1
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    ours = load_model(tiny_checkpoint)
+    with torch.no_grad():
+        for name, weight in read_weights(out).items():
+            ours.state_dict()[name].copy_(torch.from_numpy(values(weight)))
+        ids = torch.from_numpy(CALIBRATION[:2].astype(np.int64))
+        torch.testing.assert_close(stock(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_fall_back_to_more_bits_until_the_divergence_holds(tiny_checkpoint, tmp_path, monkeypatch):
+    """Parts that do worse together than alone: what is measured of the whole model counts, not the sum."""
+    monkeypatch.setattr("tasks.quantization.apply.measure_divergence", lambda *of: 2 * measure_divergence(*of))
+    out, data, summary = mixed(tiny_checkpoint, tmp_path, RoundToNearest(), max_kl=0.25)
+    assert summary.mixed.num_attempts > 1
+    assert summary.mixed.measured_kl == pytest.approx(2 * measure_divergence(tiny_checkpoint, out, data))
+    assert summary.mixed.measured_kl <= 0.25
+    assert summary.mixed.predicted_kl < 0.2
+
+
+def test_a_divergence_that_no_attempt_keeps_is_an_error(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.quantization.apply.measure_divergence", lambda *_: 5.1)
+    with pytest.raises(ValueError, match=r"max_kl is 5 nats; after 5 attempts the model still diverges by 5\.1"):
+        mixed(tiny_checkpoint, tmp_path, RoundToNearest(), max_kl=5)
