@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flows.pipeline import pipeline
 from flows.recipe import Candidate, Recipe
+from flows.sources import source_notes, source_obstacles
 from infra.artifacts import exists
 from infra.caching import content, earlier_result
 from infra.console import console
@@ -19,7 +20,7 @@ from infra.settings import settings
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
 from tasks.engines import Engine, label
-from tasks.quantization.mixed import possible_grids
+from tasks.quantization import grids_of
 
 FLOAT32_BYTES = 4
 TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
@@ -83,7 +84,7 @@ def plan(recipe: Recipe) -> Plan:
 
     pipeline(recipe, look_up)
     found.estimate = estimate(recipe.source)
-    found.notes += notes(recipe)
+    found.notes += notes(recipe) + source_notes(recipe)
     if found.estimate.num_parameters:
         found.peak_memory_mib = peak_memory_mib(recipe, found.estimate.num_parameters)
         found.disk_mib = disk_mib(recipe, found.estimate.num_parameters, found.estimate.download_bytes or 0)
@@ -94,7 +95,7 @@ def plan(recipe: Recipe) -> Plan:
 def obstacles(recipe: Recipe) -> list[str]:
     """Why this machine cannot run the recipe at all; empty when it can."""
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
-    return [reason for engine in engines.values() if (reason := engine.missing())]
+    return [reason for engine in engines.values() if (reason := engine.missing())] + source_obstacles(recipe)
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -107,9 +108,7 @@ def notes(recipe: Recipe) -> list[str]:
     ]
     for name, candidate in recipe.candidates.items():
         trained = candidate.distillation or candidate.recovery
-        method = candidate.quantization
-        grids = possible_grids(method.weights, method.embeddings) if method else ()
-        if trained and any(grid.zero_point == "real" for grid in grids):
+        if trained and any(grid.zero_point == "real" for grid in grids_of(candidate.quantization)):
             found.append(
                 f"{name}: `zero_point: real` rounds weights back to the grid that a quantized source came from, and "
                 "takes away what training had changed (docs/quantization.md). Prefer `method: gptq` with integer zero "

@@ -16,6 +16,7 @@ from tasks.data import prepare_data
 from tasks.distill import distill, recover
 from tasks.engines import label
 from tasks.prune import prune
+from tasks.quantization import FromSource
 from tasks.quantization.mixed import Mixed
 from tasks.quantize import quantize, train_quantized
 from tasks.sensitivity import measure_sensitivity
@@ -105,7 +106,7 @@ def _compress(
     if candidate.quantization:
         unquantized = checkpoint
         method, scores = candidate.quantization, None
-        if isinstance(method.weights, Mixed):
+        if not isinstance(method, FromSource) and isinstance(method.weights, Mixed):
             scores = run(
                 measure_sensitivity,
                 name,

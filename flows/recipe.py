@@ -18,8 +18,7 @@ from tasks.calibration.corpora import Data
 from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
 from tasks.pruning import PruningMethod
-from tasks.quantization import QuantizationMethod
-from tasks.quantization.mixed import possible_grids
+from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.quantization.training import QuantizationTraining
 from tasks.validation import Limits, Quality, Speed, unmeasurable
 
@@ -46,8 +45,22 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
         if self.quantization_training and not self.quantization:
             raise ValueError("`quantization_training` trains a quantized model; add `quantization`.")
         method = self.quantization
-        if self.quantization_training and method and (method.activations or method.kv_cache):
+        if not self.quantization_training or method is None or isinstance(method, FromSource):
+            return self
+        if method.activations or method.kv_cache:
             raise ValueError("`quantization_training` is of weights alone; drop it, or `activations` and `kv_cache`.")
+        if any(grid.format == "float8_e4m3" for grid in grids_of(method)):
+            raise ValueError("`quantization_training` is of integers; drop it, or `format: float8_e4m3`.")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_changes_what_the_source_has(self) -> "Candidate":
+        changed_by = "distillation" if self.distillation else "pruning" if self.pruning else None
+        if isinstance(self.quantization, FromSource) and changed_by:
+            raise ValueError(
+                f"`method: source` keeps weights as they were imported, and `{changed_by}` changes them; "
+                "use `method: gptq` or `rtn` after it."
+            )
         return self
 
 
@@ -123,11 +136,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
     """Why `engine` cannot compute with what `method` makes; None if it can."""
-    if method is None:
-        return None
-    grids = possible_grids(method.weights, method.embeddings)
-    held = next((problem for grid in grids if (problem := engine.cannot_hold(grid))), None)
-    return held or engine.cannot_round(method.activations, method.kv_cache)
+    held = next((problem for grid in grids_of(method) if (problem := engine.cannot_hold(grid))), None)
+    if held or method is None or isinstance(method, FromSource):
+        return held
+    return engine.cannot_round(method.activations, method.kv_cache)
 
 
 class RecipeError(ValueError):

@@ -14,6 +14,7 @@ from infra.hardware import hardware, versions
 from infra.registry import Version
 from infra.settings import settings
 from infra.tracking import RECORDED, Parent, StageResult, flow_links, git_commit, link_report, run_url
+from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.calibration.corpora import ROLES
 from tasks.calibration.corpora import describe as describe_corpus
 from tasks.calibration.tokens import load_record
@@ -21,7 +22,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.pruning import Width
-from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
@@ -44,7 +45,7 @@ def report_data(
         source=recipe.source,
         finished_at=datetime.now(UTC),
         elapsed_s=0.0,
-        original_size_bytes=products.original.artifact.size_bytes,
+        original_size_bytes=CheckpointSummary.model_validate(products.original.metrics).size_bytes,
         reference=ReferenceSummary.model_validate(products.reference.metrics),
         rows=tuple(_rows(recipe, products, judgements, parent)),
         speed=speed_of(products),
@@ -133,6 +134,9 @@ def _steps(candidate: Candidate, products: Products, name: str) -> str:
 
 
 def _quantization_words(method: QuantizationMethod) -> str:
+    if isinstance(method, FromSource):
+        words = "weights as the source has them"
+        return words + (f", else {_grid_words(method.otherwise)}" if method.otherwise else "")
     words, options = _grid_words(method.weights) + _method_words(method), method.activations
     if options:
         words += f", A8 static ({options.range or 'min-max'})" if options.static else ", A8 per token"
@@ -150,7 +154,7 @@ def _grid_words(weights: Grid | Mixed) -> str:
     return f"W{weights.bits} {granularity}, {kind}"
 
 
-def _method_words(method: QuantizationMethod) -> str:
+def _method_words(method: RoundToNearest | Gptq) -> str:
     if method.method == "rtn":
         return ""
     return ", GPTQ with AWQ scaling" if method.awq else ", GPTQ"

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,59 @@ def tiny_data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     record = {"tokenizer_sha256": tokenizer_digest(tiny_checkpoint), "vocab_size": 512}
     (out / "data.json").write_text(json.dumps(record))
     return out
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., None]:
+    """Writes a checkpoint of Llama's or Qwen 2's family as llama.cpp's converter and quantizer do."""
+    return _write_gguf
+
+
+def _write_gguf(checkpoint: Path, file: Path, *, kinds: Mapping[str, str] | None = None, pre: str = "smollm") -> None:
+    """`kinds` are GGUF's types of matrices by patterns of their names, the first that matches; others are F32."""
+    import gguf
+    from safetensors.torch import load_file
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    family = config["model_type"]
+    writer = gguf.GGUFWriter(file, family)
+    writer.add_name("tiny")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(512)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token == "<|endoftext|>" else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    family_names = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+    names = gguf.get_tensor_name_map(family_names[family], config["num_hidden_layers"])
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        values = tensor.numpy()
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = 4 if "q_proj" in name else 2  # llama.cpp interleaves the halves of rotary dimensions
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        kind = next((kind for pattern, kind in (kinds or {}).items() if fnmatchcase(name, pattern)), "F32")
+        raw = None
+        if values.ndim == 2 and kind != "F32":
+            raw = gguf.GGMLQuantizationType[kind]
+            values = gguf.quants.quantize(values, raw)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

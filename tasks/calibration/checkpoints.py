@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from tasks.calibration.gguf_header import read_gguf_header
 from tasks.calibration.packages import package_file
 from tasks.calibration.progress import Report, silent
+from tasks.calibration.source_quantization import FOLDER, keep_compressed_tensors, keep_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +178,7 @@ class CheckpointSummary(BaseModel, frozen=True, extra="forbid"):
     architecture: str
     num_parameters: int
     size_bytes: int
+    """Without what is kept of a quantized source."""
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -186,7 +188,7 @@ class CheckpointSummary(BaseModel, frozen=True, extra="forbid"):
 
 
 def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> CheckpointSummary:
-    """Write the model at `source` to `out` as a plain float32 checkpoint.
+    """Write the model at `source` to `out` as a plain float32 checkpoint; how it was quantized is kept beside it.
 
     Args:
         source: hub id, checkpoint directory, GGUF file, or package:NAME/FILE.
@@ -203,7 +205,7 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
     path = _fetch_from_hub(parsed) if parsed.kind == "hub" else parsed.path
     report(1, 4, {})
     if path.is_file():
-        model, tokenizer, notes = _load_gguf(path)
+        model, tokenizer, notes = _load_gguf(path, out)
     else:
         model, notes = _load_directory(path)
     report(2, 4, {})
@@ -218,6 +220,8 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
         if not (out / "tokenizer.json").exists():
             load_tokenizer(path).save_pretrained(out)
             notes.append("The tokenizer was converted to tokenizer.json.")
+        if "quantization_config" in _read_config(path):
+            keep_compressed_tensors(path, out)
     tokenizer = load_tokenizer(out)
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
@@ -225,11 +229,14 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
             f"The tokenizer must fit the model's vocabulary of {vocab_size} tokens; it has {len(tokenizer)}. "
             f"{source} mixes the files of two models."
         )
+    kept = out / FOLDER
+    if kept.is_dir():
+        notes.append("What it was quantized to is kept beside the floats, for `method: source`.")
     report(4, 4, {})
     return CheckpointSummary(
         architecture=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        size_bytes=sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
+        size_bytes=sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and kept not in p.parents),
         vocab_size=vocab_size,
         num_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
@@ -598,8 +605,8 @@ def _refuse_non_finite(tensors: Iterator[tuple[str, "torch.Tensor"]], source: st
         )
 
 
-def _load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", list[str]]:
-    """The model of a GGUF file with every block de-quantized to float32, and its tokenizer.
+def _load_gguf(path: Path, out: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", list[str]]:
+    """The model of a GGUF file with every block de-quantized to float32, and its tokenizer; blocks are kept in `out`.
 
     Raises:
         ValueError: the file is broken, of an unknown family, or its tokenizer does not give text back.
@@ -616,6 +623,7 @@ def _load_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"
         except (ValueError, KeyError) as error:
             raise ValueError(f"The GGUF file {path} cannot be read as a model: {error}") from error
         model = _from_pretrained(path.parent, config, path, gguf_file=path.name)
+        keep_gguf(path, model, out)
     forget_quantization_(model)
     kind = header.metadata.get("tokenizer.ggml.pre")
     if kind in DIGIT_SPLITTING:

@@ -518,7 +518,7 @@ class _GraphWriter:
     def _offset_product(self, name: str, weights: list[QuantizedWeight], hidden: str) -> str:
         """What real-valued offsets add to x @ W.T: each group's sum of inputs, times its offset.
 
-        MatMulNBits' implied zero point, the middle of the integers, is made up for here.
+        Its integers are counted from the middle of their range (see `_unsigned`), which is made up for here.
         """
         in_features = shape(weights[0])[1]
         groups = weights[0].scale.shape[1]
@@ -529,7 +529,7 @@ class _GraphWriter:
             self.node("Reshape", [hidden, split], [sums + ".groups"])
             self.node("ReduceSum", [sums + ".groups", "rest"], [sums], keepdims=0)
         work = name + ".offset"
-        middle = 1 << (_storage(weights[0])[0] - 1)
+        middle = 1 << (weights[0].bits - 1)
         stored = self.weight(work + ".groups", np.concatenate([w.offset for w in weights]).astype(np.float16))
         # Up to the product these are constants, folded when the session is made.
         self.node("Cast", [stored], [work + ".float"], to=1)
@@ -755,7 +755,12 @@ def _storage(weight: QuantizedWeight) -> tuple[int, int]:
 
 
 def _unsigned(weight: QuantizedWeight, bits: int) -> NDArray[np.uint8]:
-    """[out, in] integers as MatMulNBits counts them: symmetric ones from its implied zero point 2^(bits-1)."""
+    """[out, in] integers as MatMulNBits counts them: from its implied zero point 2^(bits-1) unless they have their own.
+
+    With offsets, the middle of their range lies there: rounded inputs are multiplied with integers as small as can be.
+    """
+    if weight.has_real_zero_point:
+        return weight.integers.astype(np.uint8) + np.uint8((1 << (bits - 1)) - (1 << (weight.bits - 1)))
     if weight.zero_point is not None:
         return weight.integers.astype(np.uint8)
     return (weight.integers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)

@@ -108,7 +108,7 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
         if problem := self.missing():
             raise ValueError(problem)
         decoder = read_decoder(checkpoint)
-        _refuse_zero_points(decoder)
+        _refuse_strange_integers(decoder)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             graph = Path(scratch) / "model.onnx"
             export_decoder(decoder, graph, precision=self.precision, max_length=self.max_length)
@@ -163,12 +163,17 @@ def _no_gpu(library: str) -> str | None:
     return None
 
 
-def _refuse_zero_points(decoder: Decoder) -> None:
+def _refuse_strange_integers(decoder: Decoder) -> None:
     for name, weight in decoder.quantized():
         if weight.zero_point is not None:
             raise ValueError(
                 f"TensorRT takes float checkpoints and symmetric integers (int8 or int4, zero point 0); {name} is "
                 "asymmetric. Quantize with `symmetric: true` for this engine."
+            )
+        if weight.bits > 4 and weight.scale.min() < 0:
+            raise ValueError(
+                f"TensorRT takes 8-bit integers with positive scales only; {name} has scales down to "
+                f"{weight.scale.min():.4g}, as GGUF's Q5_0 does. Use `method: rtn` or `gptq` for this engine."
             )
         if weight.inputs and (weight.inputs.scale is None or weight.inputs.zero_point):
             raise ValueError(

@@ -16,7 +16,7 @@ from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.calibration.tokens import calibration_batches
-from tasks.quantization import Grid, QuantizationMethod
+from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
     linear_scheme,
@@ -30,6 +30,7 @@ from tasks.quantization.input_scales import add_scales, check_length, kinds_of_i
 from tasks.quantization.mixed import Mixed, Score, allocate
 from tasks.quantization.sensitivity import measure_divergence, read_scores
 from tasks.quantization.smoothquant import smoothed
+from tasks.quantization.source_weights import SourceWeights
 from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize, with_inputs
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def quantize_checkpoint(
             divide a layer; an `ignore` pattern matches no layer, or everything is ignored; there are no calibration
             tokens; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
-    if not isinstance(method.weights, Mixed):
+    if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
         return _quantize(checkpoint, data, method, {}, out, work_dir, report)
     assert scores is not None  # the flow measures them first
     measured = read_scores(scores)
@@ -85,7 +86,7 @@ def quantize_checkpoint(
 def _within_divergence(
     checkpoint: Path,
     data: Path,
-    method: QuantizationMethod,
+    method: RoundToNearest | Gptq,
     scores: list[Score],
     max_kl: float,
     out: Path,
@@ -136,22 +137,27 @@ def _quantize(
     notes: list[str] = []
     resumed_from_block = None
     linears = family.all_linears(num_layers)
-    batches = _activation_batches(method, data, int(config["vocab_size"]))
+    rounding = RoundToNearest() if isinstance(method, FromSource) else method  # of inputs; a source's stay float
+    batches = _activation_batches(rounding, data, int(config["vocab_size"]))
     with (
         _kept(work_dir, out) as work,
-        _smooth(checkpoint, method, family, linears, batches, out, report) as source,
-        Tensors(source) as tensors,
+        _smooth(checkpoint, rounding, family, linears, batches, out, report) as read_from,
+        Tensors(read_from) as tensors,
+        SourceWeights(checkpoint) as source,
         TensorWriter(out) as writer,
     ):
         tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
         config["tie_word_embeddings"] = tied
         names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
         num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
-        grids = _grids(method, chosen, family, num_layers, tied)
-        inputs = kinds_of_inputs(method.activations, linears, [module for module in linears if grids[module]])
+        targets = _targets(method, chosen, family, num_layers, tied)
+        if isinstance(method, FromSource):
+            carried = [module for module, target in targets.items() if target]
+            targets |= source.targets(method, carried, (family.embedding, family.lm_head))
+        inputs = kinds_of_inputs(rounding.activations, linears, [module for module in linears if targets[module]])
         if method.method == "gptq":
-            calibrated = {name: grid for name in linears if (grid := grids[name])}
-            walk = quantize_blocks(source, tensors, data, family, method, calibrated, inputs, work, report)
+            calibrated = {name: grid for name in linears if isinstance(grid := targets[name], Grid)}
+            walk = quantize_blocks(read_from, tensors, data, family, method, calibrated, inputs, work, report)
             for file in walk.files:
                 writer.add_file(file)
             measured |= {each.layer.name: each for each in walk.measured}
@@ -161,13 +167,16 @@ def _quantize(
             if name in writer or (name.endswith(".weight") and module in measured):
                 continue
             values = tensors.copy(name)
-            grid = grids.get(module) if name.endswith(".weight") else None
-            if grid is None:
+            target = targets.get(module) if name.endswith(".weight") else None
+            if target is None:
                 _refuse_not_finite(values, name)
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
-            weight = replace(method.quantize(values, grid, module), inputs=inputs.get(module))
+            if isinstance(target, FromSource):
+                weight = source.carry(module, values.numpy())
+            else:
+                weight = replace(method.quantize(values, target, module), inputs=inputs.get(module))
             is_table = module in (family.embedding, family.lm_head)
             scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
             measured[module] = measure(module, values.numpy(), weight, scheme)
@@ -178,7 +187,7 @@ def _quantize(
     schemes = {name: each.scheme for name, each in measured.items()}
     if tied and family.embedding in schemes:
         schemes[family.lm_head] = schemes[family.embedding]
-    left_float = [module for module, grid in grids.items() if grid is None]
+    left_float = [module for module, target in targets.items() if target is None]
     config["dtype"] = "float32"
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)
@@ -189,10 +198,10 @@ def _quantize(
         without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
         config["quantization_config"] = quantization_config(without, left_float + tied_float)
         write_config(out, config)
-        found, added = add_scales(out, family, method.activations, inputs, method.kv_cache, batches, report)
+        found, added = add_scales(out, family, rounding.activations, inputs, rounding.kv_cache, batches, report)
         size_bytes += added
         measured = {name: with_inputs(each, inputs.get(name), found.get(name)) for name, each in measured.items()}
-    config["quantization_config"] = quantization_config(schemes, left_float + tied_float, method.kv_cache)
+    config["quantization_config"] = quantization_config(schemes, left_float + tied_float, rounding.kv_cache)
     write_config(out, config)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
@@ -204,7 +213,7 @@ def _quantize(
         size_bytes=size_bytes,
         left_float=left_float,
         resumed_from_block=resumed_from_block,
-        notes=notes,
+        notes=notes + source.costs(list(measured.values())),
     )
 
 
@@ -218,7 +227,7 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _activation_batches(method: QuantizationMethod, data: Path, vocab_size: int) -> "tuple[Tensor, ...]":
+def _activation_batches(method: RoundToNearest | Gptq, data: Path, vocab_size: int) -> "tuple[Tensor, ...]":
     """The calibration tokens that activations need; none where they need none."""
     options = method.activations
     if not (method.kv_cache or (options and (options.static or options.smooth))):
@@ -230,7 +239,7 @@ def _activation_batches(method: QuantizationMethod, data: Path, vocab_size: int)
 
 def _smooth(
     checkpoint: Path,
-    method: QuantizationMethod,
+    method: RoundToNearest | Gptq,
     family: Architecture,
     linears: list[str],
     batches: "tuple[Tensor, ...]",
@@ -243,14 +252,18 @@ def _smooth(
     return smoothed(checkpoint, batches, family, linears, method.activations.smooth, scratch, report)
 
 
-def _grids(
+def _targets(
     method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
-) -> dict[str, Grid | None]:
-    """The grid of every layer that could be quantized; None where it is left alone."""
-    every = None if isinstance(method.weights, Mixed) else method.weights
-    modules: dict[str, Grid | None] = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
-    modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
-    modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
+) -> dict[str, Grid | FromSource | None]:
+    """The grid of every layer that could be quantized, or the source's own; None where it is left alone."""
+    modules: dict[str, Grid | FromSource | None]
+    if isinstance(method, FromSource):
+        modules = dict.fromkeys([*family.all_linears(num_layers), family.embedding, family.lm_head], method)
+    else:
+        every = method.weights if isinstance(method.weights, Grid) else None
+        modules = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
+        modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
+        modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
     for module in matching(list(modules), method.ignore):
         modules[module] = None
     if tied:

@@ -60,9 +60,11 @@ class QuantizedWeight:
             return _float8(self.integers) * self.scale
         out_features, in_features = self.integers.shape
         values = self.integers.reshape(out_features, self.scale.shape[1], -1).astype(np.float32)
-        if self.zero_point is not None:
+        if self.zero_point is not None and not self.has_real_zero_point:
             values -= self.zero_point[:, :, None]  # integers: exact in float32
         values *= self.scale[:, :, None]
+        if self.has_real_zero_point:
+            values += self.offset[:, :, None]  # as GGUF and the engines have it; zero points are rounded quotients
         return values.reshape(out_features, in_features)
 
     @property
@@ -126,7 +128,7 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
                 continue
             if quantization is not None and f"{module}.weight_scale" in tensors:
                 if parameter in ("weight", "weight_packed"):
-                    weights[f"{module}.weight"] = _read_quantized(tensors, module, quantization)
+                    weights[f"{module}.weight"] = read_quantized(tensors, module, quantization)
                 elif not parameter.startswith(("weight_", "input_")):
                     weights[name] = tensors.floats(name)
             else:
@@ -144,7 +146,7 @@ def read_inputs(checkpoint: Path) -> dict[str, Inputs]:
         for name in tensors.names:
             module, _, parameter = name.rpartition(".")
             if parameter == "weight_scale":
-                inputs = _read_inputs(tensors, module, _group(module, quantization).get("input_activations"))
+                inputs = _read_inputs(tensors, module, layer_group(module, quantization).get("input_activations"))
                 found |= {module: inputs} if inputs else {}
     return found
 
@@ -179,13 +181,18 @@ def read_cache_scales(checkpoint: Path) -> CacheScales | None:
     return CacheScales("float8_e4m3" if scheme.get("type") == "float" else "int8", tuple(blocks))
 
 
-def _read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
+def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
+    """A quantized layer's weight, as `quantization_config` and the tensors of its checkpoint have it.
+
+    Raises:
+        ValueError: it is stored in a way this reader does not know.
+    """
     if f"{module}.weight_g_idx" in tensors:
         raise ValueError(
             f"{module} must keep its inputs in order; it has an activation order (weight_g_idx). "
             "Quantize the model again without `actorder`."
         )
-    group = _group(module, quantization)
+    group = layer_group(module, quantization)
     arguments, inputs = group["weights"], _read_inputs(tensors, module, group.get("input_activations"))
     bits = int(arguments["num_bits"])
     if arguments.get("type") == "float" and bits == 8 and arguments.get("strategy") == "channel":
@@ -252,7 +259,7 @@ def _read_inputs(tensors: Tensors, module: str, arguments: Mapping[str, Any] | N
     return Inputs(kind, float(tensors.floats(f"{module}.input_scale").item()), zero_point, symmetric)
 
 
-def _group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+def layer_group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group of `config_groups` that `module` belongs to: by exact name, else by pattern, else by class."""
     kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
     groups = quantization["config_groups"].values()

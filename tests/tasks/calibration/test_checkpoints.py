@@ -58,52 +58,6 @@ def _edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_gguf(checkpoint: Path, file: Path, *, quantized: bool = False, pre: str = "smollm") -> None:
-    """The tiny Llama as llama.cpp's converter writes it."""
-    import gguf
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(4)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(512)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token == "<|endoftext|>" else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        values = tensor.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp interleaves the halves of rotary dimensions
-            heads = 4 if "q_proj" in name else 2
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        kind = None
-        if quantized and values.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            values = gguf.quants.quantize(values, kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 # Directories
 
 
@@ -285,7 +239,10 @@ def test_a_quantized_checkpoint_becomes_a_plain_model_of_its_integers_times_scal
     quantize_checkpoint(checkpoint=tiny_checkpoint, data=tmp_path, method=method, out=quantized)
     check_checkpoint(quantized)
     summary = import_checkpoint(source=str(quantized), out=out)
-    assert summary.notes == ("Weights quantized with compressed-tensors were de-quantized.",)
+    assert summary.notes == (
+        "Weights quantized with compressed-tensors were de-quantized.",
+        "What it was quantized to is kept beside the floats, for `method: source`.",
+    )
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     imported = load_file(out / "model.safetensors")
     stored = read_weights(quantized)
@@ -363,7 +320,9 @@ def test_a_pickle_beside_safetensors_is_never_opened(checkpoint: Path, out: Path
 # GGUF
 
 
-def test_a_float32_gguf_gives_the_model_back(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+def test_a_float32_gguf_gives_the_model_back(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
     write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf")
     summary = import_checkpoint(source=str(tmp_path / "tiny.gguf"), out=out)
     assert torch.equal(_logits(out), _logits(tiny_checkpoint))
@@ -376,10 +335,12 @@ def test_a_float32_gguf_gives_the_model_back(tiny_checkpoint: Path, tmp_path: Pa
     check_checkpoint(out)
 
 
-def test_a_quantized_gguf_gives_its_blocks_times_their_scales(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+def test_a_quantized_gguf_gives_its_blocks_times_their_scales(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
     import gguf
 
-    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", quantized=True)
+    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", kinds={"*": "Q8_0"})
     summary = import_checkpoint(source=str(tmp_path / "tiny.gguf"), out=out)
     assert summary.notes[0] == "GGUF weights (F32, Q8_0) were de-quantized to float32."
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -391,7 +352,9 @@ def test_a_quantized_gguf_gives_its_blocks_times_their_scales(tiny_checkpoint: P
         np.testing.assert_array_equal(imported[name].numpy(), expected, err_msg=name)
 
 
-def test_a_gguf_tokenizer_gives_the_ids_of_the_real_one(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+def test_a_gguf_tokenizer_gives_the_ids_of_the_real_one(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
     write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", pre="gpt-2")
     import_checkpoint(source=str(tmp_path / "tiny.gguf"), out=out)
     real, rebuilt = load_tokenizer(tiny_checkpoint), load_tokenizer(out)
@@ -403,7 +366,9 @@ def test_a_gguf_tokenizer_gives_the_ids_of_the_real_one(tiny_checkpoint: Path, t
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_digits_are_split_where_the_gguf_says_so(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+def test_digits_are_split_where_the_gguf_says_so(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
     write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", pre="smollm")
     summary = import_checkpoint(source=str(tmp_path / "tiny.gguf"), out=out)
     split = load_tokenizer(out).backend_tokenizer.pre_tokenizer.pre_tokenize_str("in  1969")
@@ -412,7 +377,9 @@ def test_digits_are_split_where_the_gguf_says_so(tiny_checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("kept", [0.999, 0.5, 0.05, 0.001])
-def test_a_truncated_gguf(tiny_checkpoint: Path, tmp_path: Path, out: Path, kept: float) -> None:
+def test_a_truncated_gguf(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path, kept: float
+) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(tiny_checkpoint, file)
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
@@ -423,7 +390,7 @@ def test_a_truncated_gguf(tiny_checkpoint: Path, tmp_path: Path, out: Path, kept
     assert list(out.iterdir()) == []
 
 
-def test_a_corrupt_gguf(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+def test_a_corrupt_gguf(write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(tiny_checkpoint, file)
     content = bytearray(file.read_bytes())
@@ -436,8 +403,8 @@ def test_a_corrupt_gguf(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> Non
         import_checkpoint(source=str(file), out=out)
 
 
-def test_the_header_of_a_gguf(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", quantized=True)
+def test_the_header_of_a_gguf(write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", kinds={"*": "Q8_0"})
     header = read_gguf_header(tmp_path / "tiny.gguf")
     assert header.metadata["general.architecture"] == "llama"
     assert header.metadata["tokenizer.ggml.tokens"] == 512
@@ -450,7 +417,9 @@ def test_the_header_of_a_gguf(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def package(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def package(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """An installed package that carries a GGUF file and cannot be imported."""
     folder = tmp_path / "site" / "carries_a_model"
     folder.mkdir(parents=True)
@@ -478,7 +447,9 @@ def test_a_missing_file_in_a_package_names_those_it_has(package: str, out: Path)
 # Sources
 
 
-def test_kinds_of_sources(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_sources(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf")
     shutil.copyfile(tmp_path / "tiny.gguf", tmp_path / "without-suffix")
     (tmp_path / "organisation" / "name").mkdir(parents=True)
@@ -550,8 +521,10 @@ def test_a_hub_model_in_the_cache_needs_no_network(
     assert estimate("organisation/tiny").download_bytes == 0
 
 
-def test_an_estimate_reads_headers_only(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", quantized=True)
+def test_an_estimate_reads_headers_only(
+    write_gguf: Callable[..., None], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tiny_checkpoint, tmp_path / "tiny.gguf", kinds={"*": "Q8_0"})
     monkeypatch.setattr(checkpoints, "load_model", None)
     for source in (tiny_checkpoint, tmp_path / "tiny.gguf"):
         found = estimate(str(source))

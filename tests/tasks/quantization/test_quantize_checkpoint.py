@@ -74,7 +74,11 @@ def test_stock_transformers_loads_exactly_our_weights(tiny_checkpoint, untied_ch
     weights = read_weights(out)
     state = model.state_dict()
     for name, weight in weights.items():
-        assert np.array_equal(state[name].numpy(), values(weight)), name
+        loaded, ours = state[name].numpy(), values(weight)
+        if getattr(weight, "has_real_zero_point", False):  # a quotient of offset and scale, rounded to float32
+            assert np.abs(loaded - ours).max() <= 2**-22 * np.abs(ours).max(), name
+        else:
+            assert np.array_equal(loaded, ours), name
     if tied:
         assert "lm_head.weight" not in weights
         assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
