@@ -57,7 +57,8 @@ def quantize_checkpoint(
 
     Args:
         checkpoint: plain checkpoint directory, float, of a family in `architectures.py`.
-        data: prepared data; round to nearest reads none of it, other methods its calibration tokens.
+        data: prepared data; round to nearest reads none of it, other methods its calibration tokens, as do static
+            scales of activations and of the KV cache, and SmoothQuant.
         method: how.
         out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
             quantized is float32.
@@ -69,8 +70,7 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
-            divide a layer; an `ignore` pattern matches no layer, or everything is ignored; there are no calibration
-            tokens; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
+            divide a layer; a pattern matches no layer, or everything is ignored; calibration is too short; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
     if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
         return _quantize(checkpoint, data, method, {}, out, work_dir, report)

@@ -38,6 +38,7 @@ from tasks.quantization.packing import pack, unpack
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
 FLOAT = "float-quantized"
+TABLES = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,11 +353,6 @@ class Scheme:
     real_zero_point: bool = False
     inputs: tuple[tuple[str, object], ...] = ()  # of `input_activations`
 
-    @property
-    def of_tables(self) -> bool:
-        """Whether only an embedding or LM head is stored like this."""
-        return self.format == PLAIN and not self.inputs
-
     def options(self, targets: list[str]) -> dict[str, Any]:
         """The group of `config_groups` for these layers."""
         weights: dict[str, Any] = {
@@ -406,7 +402,8 @@ def quantization_config(
     for module, scheme in schemes.items():
         targets.setdefault(scheme, []).append(module)
     formats = sorted({scheme.format for scheme in targets})
-    linear = [scheme for scheme in targets if not scheme.of_tables]
+    of_blocks = {scheme for module, scheme in schemes.items() if not module.endswith(TABLES)}
+    of_tables = {scheme for module, scheme in schemes.items() if module.endswith(TABLES)}
     cache = {"kv_cache_scheme": dict(Inputs(kv_cache, 1.0).arguments)} if kv_cache else {}
     return {
         **cache,
@@ -415,7 +412,9 @@ def quantization_config(
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "ignore": left_float,
         "config_groups": {
-            f"group_{index}": scheme.options(["Linear"] if linear == [scheme] else modules)
+            f"group_{index}": scheme.options(
+                ["Linear"] if of_blocks == {scheme} and scheme not in of_tables else modules
+            )
             for index, (scheme, modules) in enumerate(targets.items())
         },
     }
