@@ -97,7 +97,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(first):
     page = Path(found[1]).read_text()
     assert "<svg" in page
     assert "pruned" in page
-    assert "recovered; W8 per channel, symmetric, scales trained after it" in page
+    assert "recovered; W8 per channel, symmetric; scales trained after it" in page
     assert "pruned train-quantized" in page
     assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
 
