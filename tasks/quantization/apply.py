@@ -70,7 +70,8 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: the checkpoint is quantized already, of an unknown family or not finite; a group size does not
-            divide a layer; a pattern matches no layer, or everything is ignored; calibration is too short; `work_dir` belongs to other arguments; no choice of grids keeps the budget.
+            divide a layer; a pattern matches no layer, or everything is ignored; calibration is too short;
+            `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
     if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
         return _quantize(checkpoint, data, method, {}, out, work_dir, report)
