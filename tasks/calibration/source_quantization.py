@@ -63,7 +63,7 @@ def keep_compressed_tensors(checkpoint: Path, out: Path) -> None:
             if f"{module}.weight_scale" in tensors and parameter.startswith("weight"):
                 values = tensors.tensor(name)
                 dtype = str(values.dtype).removeprefix("torch.")
-                if dtype in DTYPES:  # not floats of 8 bits, which are no integers
+                if dtype in DTYPES and not dtype.startswith("float8"):  # which is no integer, and unknown to numpy
                     writer.add({name: (values.float() if dtype == "bfloat16" else values).numpy()})
 
 

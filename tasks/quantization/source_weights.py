@@ -31,6 +31,7 @@ class SourceWeights:
         """How the source has a module: "GGUF Q4_1", "compressed-tensors int4"."""
         self._types: dict[str, str] = {}  # GGUF's
         self._quantization: dict[str, Any] = {}  # compressed-tensors'
+        self._rounds_inputs = False
         self._tensors: Tensors | None = None
         folder = checkpoint / FOLDER
         if not folder.is_dir():
@@ -42,9 +43,11 @@ class SourceWeights:
             self.forms = {module: f"GGUF {kind}" for module, kind in self._types.items()}
         else:
             self._quantization = description["quantization_config"]
+            for group in self._quantization["config_groups"].values():
+                self._rounds_inputs |= group.pop("input_activations", None) is not None
             for name in self._tensors.names:
                 module, _, parameter = name.rpartition(".")
-                if parameter in ("weight", "weight_packed"):
+                if parameter == "weight_scale":
                     arguments = layer_group(module, self._quantization)["weights"]
                     self.forms[module] = f"compressed-tensors {arguments.get('type', 'int')}{arguments['num_bits']}"
 
@@ -112,7 +115,11 @@ class SourceWeights:
         return weight
 
     def costs(self, measured: Sequence[Measured]) -> list[str]:
-        """A note on what re-quantizing lost, where some of the source's layers were."""
+        """Notes on what of the source is lost: by re-quantizing layers, and what is not of weights."""
+        inputs = "The source rounds the inputs of linear layers too; that is not carried over."
+        return self._requantized(measured) + ([inputs] if self._rounds_inputs else [])
+
+    def _requantized(self, measured: Sequence[Measured]) -> list[str]:
         again = [each for each in measured if each.layer.name in self.forms and each.error_squared > 0]
         norm_squared = sum(each.norm_squared for each in again)
         if not norm_squared:
@@ -120,8 +127,8 @@ class SourceWeights:
         error = (sum(each.error_squared for each in again) / norm_squared) ** 0.5
         forms = ", ".join(sorted({self.forms[each.layer.name] for each in again}))
         note = (
-            f"The source was quantized ({forms}); re-quantizing {len(again)} of its {len(self.forms)} quantized layers "
-            f"changed their weights by {error:.2%} (relative error)."
+            f"The source was quantized ({forms}); re-quantizing {len(again)} of its layers changed their weights by "
+            f"{error:.2%} (relative error)."
         )
         return [note]
 
@@ -134,6 +141,8 @@ class SourceWeights:
             if kind not in GGUF_GRIDS:
                 return f"its scales are products of two; types that can be are {', '.join(GGUF_GRIDS)}"
             return REAL_TABLE if is_table and GGUF_GRIDS[kind].zero_point == "real" else None
+        if layer_group(module, self._quantization)["weights"].get("type", "int") != "int":
+            return "its floats of 8 bits are no integers"
         try:
             weight = self._read(module)
         except ValueError as error:

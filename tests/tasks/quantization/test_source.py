@@ -18,7 +18,7 @@ from tasks.engines.openvino import OpenVino
 from tasks.engines.parity import compare
 from tasks.engines.pytorch import PyTorch
 from tasks.engines.tensorrt import TensorRT
-from tasks.quantization import FromSource, Gptq, Grid, RoundToNearest
+from tasks.quantization import Activations, FromSource, Gptq, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
 from tasks.quantization.source_weights import from_gguf
@@ -221,7 +221,7 @@ def test_forms_that_cannot_be_carried_are_refused_or_rounded(tmp_path: Path, sou
     assert {name for name, error in errors.items() if error} == {UP, "model.embed_tokens"}
     (note,) = summary.notes
     assert note.startswith(
-        "The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its 29 quantized layers"
+        "The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its layers"
     )
 
 
@@ -244,7 +244,7 @@ def test_the_summary_says_what_another_method_cost(method, tmp_path: Path, sourc
     _, summary = carried(floats, tmp_path, method)
     (note,) = (note for note in summary.notes if "re-quantizing" in note)
     assert note == (
-        "The source was quantized (GGUF Q4_0); re-quantizing 29 of its 29 quantized layers changed their weights by "
+        "The source was quantized (GGUF Q4_0); re-quantizing 29 of its layers changed their weights by "
         f"{summary.relative_error:.2%} (relative error)."
     )
 
@@ -279,3 +279,28 @@ def test_tensorrt_refuses_negative_scales_of_8_bits(tmp_path: Path, source: Call
 def test_tables_of_other_layers_have_integer_zero_points() -> None:
     with pytest.raises(ValueError, match="the `zero_point` of `otherwise` must be integer"):
         FromSource(otherwise=Grid(bits=4, symmetric=False, zero_point="real"))
+
+
+def test_rounded_inputs_of_the_source_are_left_out_and_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "calibration.npy", np.random.default_rng(0).integers(0, 512, (20, 32)).astype(np.int32))
+    method = RoundToNearest(embeddings=None, activations=Activations(static=("*",)))
+    theirs, _ = carried(tiny_checkpoint, tmp_path, method, "theirs")
+    out, summary = carried(imported(theirs, tmp_path), tmp_path)
+    before, after = (read_weights(each)[f"{UP}.weight"] for each in (theirs, out))
+    assert isinstance(before, QuantizedWeight)
+    assert isinstance(after, QuantizedWeight)
+    assert np.array_equal(before.integers, after.integers)
+    assert (before.inputs is not None, after.inputs) == (True, None)
+    assert summary.notes == ["The source rounds the inputs of linear layers too; that is not carried over."]
+
+
+def test_floats_of_8_bits_are_rounded_or_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    method = RoundToNearest(weights=Grid(format="float8_e4m3"), embeddings=None)
+    theirs, _ = carried(tiny_checkpoint, tmp_path, method, "theirs")
+    floats = imported(theirs, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"28 of 28 .*compressed-tensors float8\): its floats of 8 bits are no integers"
+    ):
+        carried(floats, tmp_path)
+    _, summary = carried(floats, tmp_path, FromSource(otherwise=Grid()), "otherwise")
+    assert "re-quantizing 28 of its layers" in summary.notes[0]
