@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCORES = "scores.json"
-NUM_SEQUENCES = 8
+NUM_SEQUENCES = 4
 LENGTH = 128
 EVERY = 4
 """Positions from one compared distribution to the next: the vocabulary costs as much as the blocks."""

@@ -3,6 +3,7 @@
 What the other tools' scripts say in code, methods, is a list of recipe options here: methods.json, name by name.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -27,19 +28,17 @@ def quantize(contender: Contender) -> tuple[dict[str, Floats], float]:
     candidate = Candidate.model_validate(contender.options)
     method, training = candidate.quantization, candidate.quantization_training
     with TemporaryDirectory() as folder:
-        data, scores, out, trained, work = (
-            Path(folder) / name for name in ("data", "scores", "out", "trained", "work")
-        )
+        data, out, trained, work = (Path(folder) / name for name in ("data", "out", "trained", "work"))
         shutil.copytree(contender.data, data)
-        for directory in (scores, out, trained, work):
+        for directory in (out, trained, work):
             directory.mkdir()
+        scores = None
         if method.method == "gptq" or isinstance(method.weights, Mixed) or training:
             np.save(data / "calibration.npy", contender.calibration_tokens().astype(np.int32))
         given = {"checkpoint": contender.checkpoint, "data": data}
         with contender.measured():
             if isinstance(method.weights, Mixed):
-                choices = {"choices": method.weights.choices, "embedding_choices": method.weights.embedding_choices}
-                measure_sensitivity(**given, **choices, ignore=method.ignore, out=scores)
+                scores = sensitivity(contender, method.weights, data)
             summary = quantize_checkpoint(**given, method=method, out=out, scores=scores)
             if training:
                 teacher = {"checkpoint": out, "teacher": contender.checkpoint, "data": data}
@@ -52,6 +51,20 @@ def quantize(contender: Contender) -> tuple[dict[str, Floats], float]:
     num_bits = summary.bits_per_weight * summary.num_quantized + 32 * num_floats
     weights = {n: v.dequantize() if isinstance(v, QuantizedWeight) else v for n, v in found.items()}
     return weights, num_bits
+
+
+def sensitivity(contender: Contender, weights: Mixed, data: Path) -> Path:
+    """The scores of the choices; measured for the first contender that has them, as a flow's cache would."""
+    digest = hashlib.sha256(repr((weights.choices, weights.embedding_choices)).encode()).hexdigest()[:12]
+    scores = contender.prepared / f"scores-{digest}"
+    if scores.exists():
+        contender.notes.append("sensitivity was measured for an earlier contender, and its time is not counted here")
+        return scores
+    partial = scores.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    choices = {"choices": weights.choices, "embedding_choices": weights.embedding_choices}
+    measure_sensitivity(checkpoint=contender.checkpoint, data=data, ignore=(), out=partial, **choices)
+    return partial.rename(scores)
 
 
 if __name__ == "__main__":

@@ -220,9 +220,7 @@ def test_forms_that_cannot_be_carried_are_refused_or_rounded(tmp_path: Path, sou
     errors = {layer.name: layer.relative_error for layer in summary.layers}
     assert {name for name, error in errors.items() if error} == {UP, "model.embed_tokens"}
     (note,) = summary.notes
-    assert note.startswith(
-        "The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its layers"
-    )
+    assert note.startswith("The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its layers")
 
 
 def test_layers_that_are_ignored_or_floats_stay_floats(tmp_path: Path, source: Callable[..., Path]) -> None:
