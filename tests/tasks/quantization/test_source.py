@@ -220,9 +220,7 @@ def test_forms_that_cannot_be_carried_are_refused_or_rounded(tmp_path: Path, sou
     errors = {layer.name: layer.relative_error for layer in summary.layers}
     assert {name for name, error in errors.items() if error} == {UP, "model.embed_tokens"}
     (note,) = summary.notes
-    assert note.startswith(
-        "The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its layers"
-    )
+    assert note.startswith("The source was quantized (GGUF Q4_1, GGUF Q6_K); re-quantizing 2 of its layers")
 
 
 def test_layers_that_are_ignored_or_floats_stay_floats(tmp_path: Path, source: Callable[..., Path]) -> None:
@@ -279,6 +277,8 @@ def test_tensorrt_refuses_negative_scales_of_8_bits(tmp_path: Path, source: Call
 def test_tables_of_other_layers_have_integer_zero_points() -> None:
     with pytest.raises(ValueError, match="the `zero_point` of `otherwise` must be integer"):
         FromSource(otherwise=Grid(bits=4, symmetric=False, zero_point="real"))
+    with pytest.raises(ValueError, match="`otherwise` must be of integers"):
+        FromSource(otherwise=Grid(format="float8_e4m3"))
 
 
 def test_rounded_inputs_of_the_source_are_left_out_and_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
