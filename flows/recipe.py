@@ -55,11 +55,12 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _nothing_changes_what_the_source_has(self) -> "Candidate":
-        changed_by = "distillation" if self.distillation else "pruning" if self.pruning else None
+        stages = ("distillation", "pruning", "quantization_training")
+        changed_by = next((stage for stage in stages if getattr(self, stage)), None)
         if isinstance(self.quantization, FromSource) and changed_by:
             raise ValueError(
                 f"`method: source` keeps weights as they were imported, and `{changed_by}` changes them; "
-                "use `method: gptq` or `rtn` after it."
+                "use `method: gptq` or `rtn` with it."
             )
         return self
 

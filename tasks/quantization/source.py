@@ -43,9 +43,11 @@ class FromSource(BaseModel, frozen=True, extra="forbid"):
     )
 
     @model_validator(mode="after")
-    def _tables_have_integer_zero_points(self) -> "FromSource":
+    def _tables_can_have_the_other_grid(self) -> "FromSource":
         if self.otherwise and self.otherwise.zero_point == "real":
             raise ValueError(f"{REAL_TABLE}: the `zero_point` of `otherwise` must be integer.")
+        if self.otherwise and self.otherwise.format == "float8_e4m3":
+            raise ValueError("embeddings are integers or float32: `otherwise` must be of integers; drop its `format`.")
         return self
 
     def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":

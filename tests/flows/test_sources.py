@@ -73,9 +73,10 @@ def test_rounding_a_second_time_is_said(recipe: Callable[..., Recipe]) -> None:
     [
         {"pruning": {"method": "width", "keep": 0.5}},
         {"distillation": {"student": {"layers": 2}, "training": {"max_steps": 1}}},
+        {"quantization_training": {"training": {"max_steps": 1}}},
     ],
 )
 def test_weights_that_a_candidate_changes_are_not_the_sources(change: dict[str, object]) -> None:
     candidate = {**change, "quantization": SOURCE}
-    with pytest.raises(RecipeError, match=f"`{next(iter(change))}` changes them; use `method: gptq` or `rtn`"):
+    with pytest.raises(RecipeError, match=f"`{next(iter(change))}` changes them; use `method: gptq` or `rtn` with it"):
         parse({"name": "a", "source": "./x", "candidates": {"a": candidate}, "engines": [ONNX_RUNTIME]})

@@ -277,6 +277,8 @@ def test_tensorrt_refuses_negative_scales_of_8_bits(tmp_path: Path, source: Call
 def test_tables_of_other_layers_have_integer_zero_points() -> None:
     with pytest.raises(ValueError, match="the `zero_point` of `otherwise` must be integer"):
         FromSource(otherwise=Grid(bits=4, symmetric=False, zero_point="real"))
+    with pytest.raises(ValueError, match="`otherwise` must be of integers"):
+        FromSource(otherwise=Grid(format="float8_e4m3"))
 
 
 def test_rounded_inputs_of_the_source_are_left_out_and_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
