@@ -171,7 +171,9 @@ class Affine:
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """Values that `integers` stand for, float32."""
-        return dequantize(integers, self.scale, self.real_zero_point)
+        if self.offset is not None:
+            return integers.float() * self.scale + self.offset
+        return dequantize(integers, self.scale, self.zero_point)
 
     @property
     def real_zero_point(self) -> Tensor | None:
