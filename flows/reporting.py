@@ -24,9 +24,21 @@ from tasks.engines import label as label_of
 from tasks.pruning import Width
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
+from tasks.quantization.summary import QuantizationSummary, QuantizedLayer
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
-from tasks.validation.report import Curve, DataSet, Parity, ReportData, Row, Stage, headline, render
+from tasks.validation.report import (
+    Curve,
+    DataSet,
+    LayerFigures,
+    Parity,
+    Quantized,
+    ReportData,
+    Row,
+    Stage,
+    headline,
+    render,
+)
 
 CURVES = {"loss": "loss", "perplexity": "perplexity on held-out text"}
 
@@ -53,6 +65,7 @@ def report_data(
         register_note=_why_not_registered(recipe, winner),
         stages=tuple(_stage(record, parent) for record in records),
         curves=tuple(_curves(records)),
+        quantized=tuple(_quantized(records)),
         data_sets=tuple(_data_sets(recipe, products.data)),
         links=flow_links(parent),
         command=f"slimline run {recipe.name}",
@@ -239,6 +252,40 @@ def _data_sets(recipe: Recipe, data: StageResult) -> list[DataSet]:
         )
         for role in ROLES
     ]
+
+
+def _quantized(records: list[StageRecord]) -> list[Quantized]:
+    """Every quantization once, though candidates share it."""
+    found: dict[str, Quantized] = {}
+    for record in records:
+        if "left_float" not in record.result.metrics:
+            continue
+        summary = QuantizationSummary.model_validate(record.result.metrics)
+        found.setdefault(
+            record.result.run_id,
+            Quantized(
+                title=record.title,
+                bits_per_weight=summary.bits_per_weight,
+                choice=summary.mixed.layers if summary.mixed else "",
+                layers=tuple(_layer(layer) for layer in summary.layers),
+                left_float=summary.left_float,
+            ),
+        )
+    return list(found.values())
+
+
+def _layer(layer: QuantizedLayer) -> LayerFigures:
+    granularity = f"groups of {layer.group_size}" if layer.group_size else "per channel"
+    return LayerFigures(
+        name=layer.name,
+        method=layer.method,
+        grid=f"{layer.bits} bits, {granularity}, {'symmetric' if layer.symmetric else 'asymmetric'}",
+        relative_error=layer.relative_error,
+        output_error=layer.output_error,
+        sqnr_db=layer.sqnr_db,
+        worst_channels=layer.worst_channels,
+        inputs=layer.inputs,
+    )
 
 
 def _notes(records: list[StageRecord]) -> list[str]:

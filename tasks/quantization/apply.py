@@ -174,13 +174,14 @@ def _quantize(
                 writer.add({name: values.numpy()})
                 report(step, len(names), {})
                 continue
+            words = "rounded to nearest"
             if isinstance(target, FromSource):
-                weight = source.carry(module, values.numpy())
+                weight, words = source.carry(module, values.numpy()), "as the source has it"
             else:
                 weight = replace(method.quantize(values, target, module), inputs=inputs.get(module))
             is_table = module in (family.embedding, family.lm_head)
             scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
-            measured[module] = measure(module, values.numpy(), weight, scheme)
+            measured[module] = measure(module, values.numpy(), weight, scheme, words)
             writer.add(plain_tensors(module, weight) if is_table else linear_tensors(module, weight))
             if is_table and tied:
                 writer.add(tied_tensors(family.lm_head, weight))
@@ -188,7 +189,12 @@ def _quantize(
     schemes = {name: each.scheme for name, each in measured.items()}
     if tied and family.embedding in schemes:
         schemes[family.lm_head] = schemes[family.embedding]
-    left_float = [module for module, target in targets.items() if target is None]
+    ignored = matching([*linears, family.embedding, family.lm_head], method.ignore)
+    left_float = {
+        module: "`ignore` names it" if module in ignored else _why_float(method)
+        for module, target in targets.items()
+        if target is None
+    }
     config["dtype"] = "float32"
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)
@@ -197,12 +203,12 @@ def _quantize(
     size_bytes = writer.size_bytes
     if batches:
         without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
-        config["quantization_config"] = quantization_config(without, left_float + tied_float)
+        config["quantization_config"] = quantization_config(without, [*left_float, *tied_float])
         write_config(out, config)
         found, added = add_scales(out, family, rounding.activations, inputs, rounding.kv_cache, batches, report)
         size_bytes += added
         measured = {name: with_inputs(each, inputs.get(name), found.get(name)) for name, each in measured.items()}
-    config["quantization_config"] = quantization_config(schemes, left_float + tied_float, rounding.kv_cache)
+    config["quantization_config"] = quantization_config(schemes, [*left_float, *tied_float], rounding.kv_cache)
     write_config(out, config)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
@@ -216,6 +222,11 @@ def _quantize(
         resumed_from_block=resumed_from_block,
         notes=notes + source.costs(list(measured.values())),
     )
+
+
+def _why_float(method: QuantizationMethod) -> str:
+    """Why a layer that no `ignore` names stays float32."""
+    return "the source has it as floats" if isinstance(method, FromSource) else "`embeddings` is null"
 
 
 @contextmanager

@@ -124,6 +124,7 @@ class _Block:
         self._method = method
         self._grids = grids
         self._inputs = inputs
+        self._words = "GPTQ with AWQ scaling" if method.awq else "GPTQ"
         self.tensors: dict[str, NDArray[Any]] = {}
         self._measured: list[Measured] = []
 
@@ -144,7 +145,7 @@ class _Block:
         error = output_error(before, weight, inputs.value)
         values: NDArray[np.float32] = before.numpy()
         quantized = replace(found.weight, inputs=self._inputs.get(module))
-        self._measured.append(measure(module, values, quantized, linear_scheme(quantized), error, note))
+        self._measured.append(measure(module, values, quantized, linear_scheme(quantized), self._words, error, note))
         self.tensors |= linear_tensors(module, quantized)
 
     def save(self, file: Path) -> None:

@@ -13,11 +13,14 @@ from tasks.quantization.input_scales import Calibrated
 from tasks.quantization.mixed import Allocation, counts
 from tasks.quantization.rtn import ROWS_AT_ONCE
 
+NUM_WORST_CHANNELS = 3
+
 
 class QuantizedLayer(BaseModel, frozen=True):
     """What quantization made of one layer."""
 
     name: str
+    method: str  # in words: rounded to nearest, GPTQ
     num_weights: int
     bits: int
     symmetric: bool
@@ -26,6 +29,9 @@ class QuantizedLayer(BaseModel, frozen=True):
     relative_error: float  # ||W - W'|| / ||W||, Frobenius norms
     max_error: float  # largest |w - w'|
     sqnr_db: float | None  # 20 log10(||W|| / ||W - W'||); None where nothing was lost
+    worst_channels: tuple[
+        int, ...
+    ]  # rows with the largest relative errors, the worst first; none where nothing was lost
     output_error: float | None  # ||(W - W') X|| / ||W X|| on the calibration tokens; None: a method that reads none
     note: str  # what the method had to do; empty: nothing unusual
     inputs: Literal["float", "static", "per token"] = "float"  # how the layer's inputs are rounded
@@ -58,7 +64,7 @@ class QuantizationSummary(BaseModel, frozen=True):
     resumed_from_block: int | None  # the first that this run computed, going on after an interruption
     mixed: Choice | None = None
     layers: list[QuantizedLayer]
-    left_float: list[str]  # layers that could have been quantized and were not
+    left_float: dict[str, str]  # layers that could have been quantized and were not, and why
     notes: list[str]
 
 
@@ -76,6 +82,7 @@ def measure(
     values: NDArray[np.float32],
     weight: QuantizedWeight,
     scheme: Scheme,
+    method: str,
     output_error: float | None = None,
     note: str = "",
 ) -> Measured:
@@ -86,19 +93,25 @@ def measure(
         values: [out, in] float32, its weight before.
         weight: and after.
         scheme: how that is stored.
+        method: what has made it, in words.
         output_error: on the calibration tokens, where the method has seen some.
         note: what the method had to do.
     """
     dequantized = weight.dequantize()
-    error_squared = norm_squared = max_error = 0.0
+    max_error = 0.0
+    errors, norms = (np.empty(len(values)) for _ in range(2))  # squared, of each row
     for start in range(0, len(values), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         error = values[rows] - dequantized[rows]
-        error_squared += float(np.square(error, dtype=np.float64).sum())
-        norm_squared += float(np.square(values[rows], dtype=np.float64).sum())
+        errors[rows] = np.square(error, dtype=np.float64).sum(axis=1)
+        norms[rows] = np.square(values[rows], dtype=np.float64).sum(axis=1)
         max_error = max(max_error, float(np.abs(error).max()))
+    error_squared, norm_squared = float(errors.sum()), float(norms.sum())
+    relative = errors / np.where(norms > 0, norms, 1)
+    worst = [int(row) for row in np.argsort(-relative, kind="stable")[:NUM_WORST_CHANNELS] if relative[row] > 0]
     layer = QuantizedLayer(
         name=name,
+        method=method,
         num_weights=values.size,
         bits=weight.bits,
         symmetric=weight.zero_point is None,
@@ -107,6 +120,7 @@ def measure(
         relative_error=(error_squared / norm_squared) ** 0.5 if norm_squared else 0.0,
         max_error=max_error,
         sqnr_db=10 * math.log10(norm_squared / error_squared) if error_squared and norm_squared else None,
+        worst_channels=tuple(worst),
         output_error=output_error,
         note=note,
     )
@@ -128,7 +142,7 @@ def summarize(
     *,
     num_parameters: int,
     size_bytes: int,
-    left_float: list[str],
+    left_float: dict[str, str],
     resumed_from_block: int | None,
     notes: list[str],
 ) -> QuantizationSummary:

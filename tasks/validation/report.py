@@ -79,6 +79,29 @@ class DataSet(BaseModel, frozen=True, extra="forbid"):
     sha256: str
 
 
+class LayerFigures(BaseModel, frozen=True, extra="forbid"):
+    """A quantized layer, as the page tells it."""
+
+    name: str
+    method: str
+    grid: str = Field(description="'4 bits, groups of 64, symmetric'.")
+    relative_error: float
+    output_error: float | None
+    sqnr_db: float | None
+    worst_channels: tuple[int, ...]
+    inputs: str = Field(description="How they are rounded: 'float', 'static', 'per token'.")
+
+
+class Quantized(BaseModel, frozen=True, extra="forbid"):
+    """What quantization made of a candidate, layer by layer."""
+
+    title: str
+    bits_per_weight: float
+    choice: str = Field("", description="Of mixed precision, in words.")
+    layers: tuple[LayerFigures, ...]
+    left_float: dict[str, str] = Field(description="Layers that were not quantized, and why.")
+
+
 class ReportData(BaseModel, frozen=True, extra="forbid"):
     """All that the report tells."""
 
@@ -95,6 +118,7 @@ class ReportData(BaseModel, frozen=True, extra="forbid"):
     register_note: str = Field("", description="Why nothing was registered, where nothing was.")
     stages: tuple[Stage, ...] = ()
     curves: tuple[Curve, ...] = ()
+    quantized: tuple[Quantized, ...] = ()
     data_sets: tuple[DataSet, ...] = ()
     links: dict[str, str] = Field(default_factory=dict, description="Text to URL: MLflow run, Prefect flow run.")
     command: str = Field(description="That makes all of this again.")

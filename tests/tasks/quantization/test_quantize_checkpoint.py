@@ -106,7 +106,7 @@ def test_integers_are_those_of_the_grid_and_tied_embeddings_are_stored_once(tiny
     assert weights["model.norm.weight"].dtype == np.float32
     assert summary.num_parameters == sum(tensor.numel() for tensor in original.values())
     assert summary.size_bytes_before == 4 * summary.num_parameters
-    assert summary.left_float == []
+    assert summary.left_float == {}
     assert summary.size_bytes < summary.size_bytes_before / 4
 
 
@@ -119,6 +119,9 @@ def test_summary_measures_the_weight_error(tiny_checkpoint, tmp_path):
     error = exact - weights[f"{layer.name}.weight"].dequantize()
     assert layer.relative_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact), rel=1e-5)
     assert layer.max_error == pytest.approx(np.abs(error).max())
+    of_rows = np.linalg.norm(error, axis=1) / np.linalg.norm(exact, axis=1)
+    assert layer.worst_channels == tuple(np.argsort(-of_rows)[:3])
+    assert layer.method == "rounded to nearest"
     assert layer.bits_per_weight == 4 + 16 / 32
     assert summary.worst_relative_error == max(layer.relative_error for layer in summary.layers)
 
@@ -206,7 +209,8 @@ def test_float_checkpoint_is_read_as_it_is(tiny_checkpoint):
 
 def test_layers_left_alone_are_named(tiny_checkpoint, tmp_path):
     out, summary = quantized(tiny_checkpoint, tmp_path, METHODS["some float"])
-    assert "model.layers.0.self_attn.q_proj" in summary.left_float
+    assert summary.left_float["model.layers.0.self_attn.q_proj"] == "`ignore` names it"
+    assert summary.left_float["model.embed_tokens"] == "`embeddings` is null"
     assert "model.layers.3.mlp.down_proj" in summary.left_float
     assert len(summary.layers) + len(summary.left_float) == 4 * 7 + 1
     assert isinstance(read_weights(out)["model.layers.3.mlp.down_proj.weight"], np.ndarray)

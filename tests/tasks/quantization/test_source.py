@@ -107,7 +107,8 @@ def test_a_gguf_is_carried_over_to_the_engine(
         assert weight.group_size == 32
     assert all(np.array_equal(w, original[n].numpy()) for n, w in weights.items() if isinstance(w, np.ndarray))
     assert summary.relative_error == 0
-    assert summary.notes == summary.left_float == []
+    assert summary.notes == []
+    assert summary.left_float == {}
     per_weight = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5}  # as in GGUF
     assert {layer.bits_per_weight for layer in summary.layers} == {per_weight[kind], per_weight[table]}
     torch.testing.assert_close(logits(out), logits(floats), rtol=0, atol=1e-4 if kind.endswith("_1") else 0)

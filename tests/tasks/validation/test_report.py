@@ -10,7 +10,9 @@ from tasks.validation.quality import QualitySummary, ReferenceSummary
 from tasks.validation.report import (
     Curve,
     DataSet,
+    LayerFigures,
     Parity,
+    Quantized,
     ReportData,
     Row,
     Stage,
@@ -105,6 +107,26 @@ def data() -> ReportData:
         registered="smollm2-135m version 3, alias candidate",
         stages=(Stage(title="distill", cached=True, elapsed_s=260.0, peak_memory_mib=5000.0, gave="loss 4 to 3"),),
         curves=(Curve(title="distill", metric="loss", steps=(0, 1, 2), values=(9.0, 3.0, 2.5)),),
+        quantized=(
+            Quantized(
+                title="int8 quantize",
+                bits_per_weight=8.03,
+                choice="7 of 8 bits",
+                layers=(
+                    LayerFigures(
+                        name="model.layers.3.mlp.down_proj",
+                        method="GPTQ with AWQ scaling",
+                        grid="8 bits, per channel, symmetric",
+                        relative_error=0.0123,
+                        output_error=0.0042,
+                        sqnr_db=38.2,
+                        worst_channels=(17, 4, 255),
+                        inputs="static",
+                    ),
+                ),
+                left_float={"model.layers.0.mlp.up_proj": "`ignore` names it"},
+            ),
+        ),
         data_sets=(
             DataSet(role="evaluation", description="stdlib", num_sequences=40, sequence_length=512, sha256="ab" * 32),
         ),
@@ -170,6 +192,14 @@ def test_page_tells_the_winner_the_losers_and_how_to_repeat_it(data, tmp_path):
     assert "slimline run smollm2-135m_cpu" in text
     assert "3 windows hold more than one document." in text
     assert "avx2, avx512_vnni" in text
+
+
+def test_page_tells_every_quantized_layer_and_why_others_are_not(data, tmp_path):
+    text = page_of(data, tmp_path).text
+    assert "8.03 bits per weight · 1 layers · 7 of 8 bits · 1 left float32" in text
+    for cell in ("GPTQ with AWQ scaling", "8 bits, per channel, symmetric", "0.0123", "0.00420", "38.2", "17, 4, 255"):
+        assert cell in text
+    assert "float32: `ignore` names it" in text
 
 
 def test_page_without_speed_curves_and_winner_is_whole_too(data, tmp_path):
