@@ -4,8 +4,14 @@
 ranges narrowed in steps of one percent, the one with the smallest sum of |w - w'|^2.4 (the exponent and the search of
 GPTQ's code, arXiv:2210.17323, and of llm-compressor's MSE observer). Where a method has seen a layer's inputs x, it is
 the one with the smallest sum of x^2 (w - w')^2, the error of the outputs if inputs were uncorrelated.
+
+`half-quadratic` moves the offset of a grid with a real one, so that most weights are exact and outliers may err: the
+smallest sum of |w - w'|^0.7, by the half-quadratic splitting of Badri and Shaji, Half-Quadratic Quantization of Large
+Machine Learning Models, 2023 (https://mobiusml.github.io/hqq_blog). Deviation: each group keeps the best offset it has
+seen, where their code stops all groups together.
 """
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -18,6 +24,8 @@ if TYPE_CHECKING:
 NARROWEST = 0.8
 """Fraction of a group's range; llm-compressor narrows as far by default."""
 EXPONENT = 2.4
+NORM, BETA, GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20
+"""p, the first beta and its factor in every step of the half-quadratic splitting: those of HQQ's code."""
 ROWS_PER_SEARCH = 2048
 """Rows searched at once, so that an embedding's search needs no more memory than a layer's."""
 
@@ -41,9 +49,10 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
         description="Of asymmetric grids. integer: ONNX's form, zero stays zero. real: the grid begins at the smallest "
         "weight, whatever it is; GGUF's Q4_1 is such a grid (4 bits, groups of 32), and is recovered without loss.",
     )
-    range: Literal["min-max", "mse"] = Field(
+    range: Literal["min-max", "mse", "half-quadratic"] = Field(
         "min-max",
-        description="Which weights the grid covers: all, or as many as give the smallest error, outliers saturating.",
+        description="Which weights the grid covers. min-max: all. mse: as many as give the smallest error, outliers "
+        "saturating. half-quadratic: all in width, moved so that most are exact; needs `zero_point: real`.",
     )
 
     @model_validator(mode="after")
@@ -59,6 +68,12 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     def _one_granularity(self) -> "Grid":
         if self.per_tensor and self.group_size:
             raise ValueError(f"`per_tensor` leaves no groups; drop it, or `group_size` ({self.group_size}).")
+        return self
+
+    @model_validator(mode="after")
+    def _half_quadratic_moves_an_offset(self) -> "Grid":
+        if self.range == "half-quadratic" and self.zero_point != "real":
+            raise ValueError("`range: half-quadratic` moves real offsets; set `zero_point: real`, or use `range: mse`.")
         return self
 
     @model_validator(mode="after")
@@ -103,9 +118,13 @@ def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None"
         return covering(minimum, maximum, options)
     if importance is not None:
         importance = importance.reshape(groups.shape[1:])
+    pieces = [slice(start, start + ROWS_PER_SEARCH) for start in range(0, len(groups), ROWS_PER_SEARCH)]
+    if options.range == "half-quadratic":
+        affine = covering(minimum, maximum, options)
+        offset = torch.cat([_moved_offset(groups[rows], affine.each(itemgetter(rows))) for rows in pieces])
+        return grid.Affine(affine.bits, affine.scale, offset=offset)
     parts = []
-    for start in range(0, len(groups), ROWS_PER_SEARCH):
-        rows = slice(start, start + ROWS_PER_SEARCH)
+    for rows in pieces:
         parts.append(_least_error(groups[rows], minimum[rows], maximum[rows], options, importance))
     low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
     return covering(low, high, options)
@@ -123,6 +142,34 @@ def covering(minimum: "Tensor", maximum: "Tensor", options: Grid) -> "Affine":
         return grid.Affine(bits, grid.storable(grid.symmetric_scale(minimum, maximum, bits)))
     scale = grid.storable(grid.asymmetric_scale(minimum, maximum, bits))
     return grid.Affine(bits, scale, zero_point=grid.asymmetric_zero_point(minimum, scale, bits))
+
+
+def _moved_offset(groups: "Tensor", affine: "Affine") -> "Tensor":
+    """The offset of each of [rows, groups, group_size] with nearly the least sum of |w - w'|^p; [rows, groups] float32.
+
+    Alternately, e = shrink(w - w') holds what outliers may err, |x| - |x|^(p - 1) / beta where positive, and the offset
+    is the mean of what is left, w - e - q s; beta grows.
+    """
+    import torch
+
+    from tasks.quantization import grid
+
+    best = affine.offset
+    assert best is not None
+    offset, least, beta = best, torch.full_like(best, torch.inf), BETA
+    for _ in range(ITERATIONS):
+        moved = grid.Affine(affine.bits, affine.scale, offset=grid.nearest_half(offset)).expanded()
+        integers = moved.quantize(groups)
+        difference = groups - moved.dequantize(integers)
+        size = difference.abs()
+        error = size.pow(NORM).sum(dim=2)
+        better = error < least
+        assert moved.offset is not None
+        least, best = torch.where(better, error, least), torch.where(better, moved.offset[..., 0], best)
+        allowed = (size - size.clamp(min=1e-12).pow(NORM - 1) / beta).clamp(min=0) * difference.sign()
+        offset = (groups - allowed - integers.float() * moved.scale).mean(dim=2)
+        beta *= GROWTH
+    return best
 
 
 def _least_error(

@@ -95,3 +95,45 @@ def test_one_scale_per_tensor_is_that_of_the_weight_as_one_row(options):
 def test_groups_of_a_whole_tensor_are_refused():
     with pytest.raises(ValueError, match=r"drop it, or `group_size` \(32\)"):
         Grid(per_tensor=True, group_size=32)
+
+
+HALF_QUADRATIC = Grid(bits=3, symmetric=False, group_size=16, zero_point="real", range="half-quadratic")
+
+
+def norm_of_error(weight, grid):
+    return np.abs(round_to_nearest(weight, grid, "layer").dequantize() - weight.numpy()) ** 0.7
+
+
+def test_half_quadratic_offsets_are_those_of_the_splitting_written_as_loops():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 32)
+    affine = fit(weight, HALF_QUADRATIC, "layer")
+    for row, group in itertools.product(range(3), range(2)):
+        values = weight[row, 16 * group : 16 * group + 16].numpy().astype(np.float64)
+        scale, offset, beta = float(affine.scale[row, group]), float(np.float16(values.min())), 10.0
+        found = []
+        for _ in range(20):
+            offset = float(np.float16(offset))
+            integers = [min(max(round((value - offset) / scale), 0), 7) for value in values]
+            errors = [value - offset - q * scale for value, q in zip(values, integers, strict=True)]
+            found.append((sum(abs(e) ** 0.7 for e in errors), offset))
+            allowed = [np.sign(e) * max(abs(e) - max(abs(e), 1e-12) ** -0.3 / beta, 0) for e in errors]
+            offset = sum(v - a - q * scale for v, a, q in zip(values, allowed, integers, strict=True)) / 16
+            beta *= 1.01
+        assert min(found)[1] == pytest.approx(float(affine.offset[row, group]), abs=scale / 50)
+
+
+def test_half_quadratic_never_errs_more():
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    weight[:, ::16] *= 8
+    before = norm_of_error(weight, HALF_QUADRATIC.model_copy(update={"range": "min-max"}))
+    after = norm_of_error(weight, HALF_QUADRATIC)
+    groups_before, groups_after = (errors.reshape(-1, 16).sum(axis=1) for errors in (before, after))
+    assert (groups_after <= groups_before * (1 + 1e-5)).all()
+    assert after.sum() < 0.97 * before.sum()
+
+
+def test_half_quadratic_needs_a_real_offset():
+    with pytest.raises(ValueError, match="set `zero_point: real`"):
+        Grid(bits=4, symmetric=False, group_size=32, range="half-quadratic")
