@@ -16,6 +16,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "embeddings": {"bits": 8, "symmetric": True}}
 ONNXRUNTIME = {"engine": "onnxruntime", "precision": "float32"}
+MIXED = {
+    "method": "gptq",
+    "weights": {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "bits_per_weight": 6},
+}
 TRAINING = {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 2}
 
 
@@ -46,6 +50,7 @@ def recipe(tiny_checkpoint: Path, **changes) -> dict:
         },
         "candidates": {
             "int8": {"quantization": INT8},
+            "mixed": {"quantization": MIXED, "engines": [ONNXRUNTIME]},
             "pruned": {
                 "pruning": {"method": "width", "keep": 0.5, "round_to": 32},
                 "recovery": {"training": TRAINING},
@@ -99,6 +104,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(first):
     assert "pruned" in page
     assert "recovered; W8 per channel, symmetric; scales trained after it" in page
     assert "pruned train-quantized" in page
+    assert "mixed precision, 6 bits per weight, GPTQ" in page
+    assert "mixed measure-sensitivity" in page
     assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
 
 
