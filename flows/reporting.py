@@ -162,7 +162,8 @@ def _grid_words(weights: Grid | Mixed) -> str:
         return f"mixed precision, {weights.budget}"
     if weights.format == "float8_e4m3":
         return "W8 FP8 per channel"
-    granularity = f"groups of {weights.group_size}" if weights.group_size else "per channel"
+    granularity = "per tensor" if weights.per_tensor else "per channel"
+    granularity = f"groups of {weights.group_size}" if weights.group_size else granularity
     kind = "symmetric" if weights.symmetric else f"asymmetric, {weights.zero_point} zero points"
     return f"W{weights.bits} {granularity}, {kind}"
 

@@ -33,6 +33,12 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
+    def _tables_have_one_choice(self) -> "Targets":
+        if isinstance(self.weights, Mixed) and self.weights.embedding_choices and self.embeddings != Grid():
+            raise ValueError("`embedding_choices` choose the grid of the embeddings; drop them, or `embeddings`.")
+        return self
+
+    @model_validator(mode="after")
     def _activations_suit_the_weights(self) -> "Targets":
         if not self.activations:
             return self

@@ -126,5 +126,11 @@ def test_weights_are_one_grid_or_a_choice():
     assert Gptq.model_validate(mixed.model_dump(mode="json")) == mixed
 
 
+def test_embeddings_have_one_place_in_the_options():
+    mixed = {"choices": [{"bits": 4}, {"bits": 8}], "embedding_choices": [{"bits": 8}], "bits_per_weight": 5}
+    with pytest.raises(ValidationError, match="drop them, or `embeddings`"):
+        Gptq.model_validate({"weights": mixed, "embeddings": None})
+
+
 def test_grids_are_counted_for_people():
     assert counts({"a": INT8, "b": INT4, "c": INT4}) == "2 of 4 bits in groups of 16, 1 of 8 bits"
