@@ -217,6 +217,10 @@ def _gave(result: StageResult) -> str:
     if "num_training_tokens" in found:
         windows = value("num_evaluation_windows")
         return f"{value('num_training_tokens'):,.0f} tokens to train on, {windows:.0f} windows to judge by"
+    if "most_sensitive" in found:
+        return (
+            f"{value('num_parts'):.0f} parts; {found['most_sensitive']} minds most, KL {value('most_sensitive_kl'):.2g}"
+        )
     if "subjects" in found:
         return f"{len(found['subjects'])} subjects in {value('num_blocks'):.0f} interleaved blocks"
     words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"

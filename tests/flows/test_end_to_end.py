@@ -106,6 +106,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(first):
     assert "pruned train-quantized" in page
     assert "mixed precision, 6 bits per weight, GPTQ" in page
     assert "mixed measure-sensitivity" in page
+    assert "16 parts; model.layers." in page
     assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
 
 
