@@ -17,14 +17,14 @@ from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.calibration.tokens import calibration_batches
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
+from tasks.quantization.activations import Activations, Format
 from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
     linear_scheme,
     linear_tensors,
     plain_scheme,
-    plain_tensors,
     quantization_config,
-    tied_tensors,
+    table_tensors,
 )
 from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
@@ -138,11 +138,11 @@ def _quantize(
     notes: list[str] = []
     resumed_from_block = None
     linears = family.all_linears(num_layers)
-    rounding = RoundToNearest() if isinstance(method, FromSource) else method  # of inputs; a source's stay float
-    batches = _activation_batches(rounding, data, int(config["vocab_size"]))
+    activations, kv_cache = (None, None) if isinstance(method, FromSource) else (method.activations, method.kv_cache)
+    batches = _activation_batches(activations, kv_cache, data, int(config["vocab_size"]))
     with (
         _kept(work_dir, out) as work,
-        _smooth(checkpoint, rounding, family, linears, batches, out, report) as read_from,
+        _smooth(checkpoint, activations, family, linears, batches, out, report) as read_from,
         Tensors(read_from) as tensors,
         SourceWeights(checkpoint) as source,
         TensorWriter(out) as writer,
@@ -155,7 +155,7 @@ def _quantize(
         if isinstance(method, FromSource):
             carried = [module for module, target in targets.items() if target]
             targets |= source.targets(method, carried, (family.embedding, family.lm_head))
-        inputs = kinds_of_inputs(rounding.activations, linears, [module for module in linears if targets[module]])
+        inputs = kinds_of_inputs(activations, linears, [module for module in linears if targets[module]])
         if method.method == "gptq":
             calibrated = {name: grid for name in linears if isinstance(grid := targets[name], Grid)}
             walk = quantize_blocks(read_from, tensors, data, family, method, calibrated, inputs, work, report)
@@ -182,9 +182,8 @@ def _quantize(
             is_table = module in (family.embedding, family.lm_head)
             scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
             measured[module] = measure(module, values.numpy(), weight, scheme, words)
-            writer.add(plain_tensors(module, weight) if is_table else linear_tensors(module, weight))
-            if is_table and tied:
-                writer.add(tied_tensors(family.lm_head, weight))
+            head = family.lm_head if tied else None
+            writer.add(table_tensors(module, weight, head) if is_table else linear_tensors(module, weight))
             report(step, len(names), {"relative_error": measured[module].layer.relative_error})
     schemes = {name: each.scheme for name, each in measured.items()}
     if tied and family.embedding in schemes:
@@ -205,10 +204,10 @@ def _quantize(
         without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
         config["quantization_config"] = quantization_config(without, [*left_float, *tied_float])
         write_config(out, config)
-        found, added = add_scales(out, family, rounding.activations, inputs, rounding.kv_cache, batches, report)
+        found, added = add_scales(out, family, activations, inputs, kv_cache, batches, report)
         size_bytes += added
         measured = {name: with_inputs(each, inputs.get(name), found.get(name)) for name, each in measured.items()}
-    config["quantization_config"] = quantization_config(schemes, [*left_float, *tied_float], rounding.kv_cache)
+    config["quantization_config"] = quantization_config(schemes, [*left_float, *tied_float], kv_cache)
     write_config(out, config)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
@@ -239,10 +238,11 @@ def _kept(work_dir: Path | None, out: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _activation_batches(method: RoundToNearest | Gptq, data: Path, vocab_size: int) -> "tuple[Tensor, ...]":
+def _activation_batches(
+    options: Activations | None, kv_cache: Format | None, data: Path, vocab_size: int
+) -> "tuple[Tensor, ...]":
     """The calibration tokens that activations need; none where they need none."""
-    options = method.activations
-    if not (method.kv_cache or (options and (options.static or options.smooth))):
+    if not (kv_cache or (options and (options.static or options.smooth))):
         return ()
     batches = calibration_batches(data, vocab_size, BATCH_SIZE)
     check_length(batches)
@@ -251,17 +251,17 @@ def _activation_batches(method: RoundToNearest | Gptq, data: Path, vocab_size: i
 
 def _smooth(
     checkpoint: Path,
-    method: RoundToNearest | Gptq,
+    options: Activations | None,
     family: Architecture,
     linears: list[str],
     batches: "tuple[Tensor, ...]",
     scratch: Path,
     report: Report,
 ) -> AbstractContextManager[Path]:
-    """The checkpoint to quantize: a smoothed copy where the method asks for one."""
-    if not (method.activations and method.activations.smooth):
+    """The checkpoint to quantize: a smoothed copy where the options ask for one."""
+    if not (options and options.smooth):
         return nullcontext(checkpoint)
-    return smoothed(checkpoint, batches, family, linears, method.activations.smooth, scratch, report)
+    return smoothed(checkpoint, batches, family, linears, options.smooth, scratch, report)
 
 
 def _targets(

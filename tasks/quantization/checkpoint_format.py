@@ -321,9 +321,9 @@ def input_tensors(module: str, inputs: Inputs) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def tied_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
-    """What the file holds for a layer that shares the integers of another."""
-    return _scales(module, weight)
+def table_tensors(module: str, weight: QuantizedWeight, tied: str | None) -> dict[str, NDArray[Any]]:
+    """What the file holds for an embedding or LM head, and for the layer `tied` that shares its integers."""
+    return plain_tensors(module, weight) | (_scales(tied, weight) if tied else {})
 
 
 def _scales(module: str, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
@@ -381,7 +381,7 @@ def packed_scheme(weight: QuantizedWeight) -> Scheme:
 
 
 def plain_scheme(weight: QuantizedWeight) -> Scheme:
-    """How `plain_tensors` and `tied_tensors` store a layer."""
+    """How `plain_tensors` and `table_tensors` store a layer."""
     strategy = "group" if weight.group_size else "channel"
     format = FLOAT if weight.format == "float8_e4m3" else PLAIN
     inputs = tuple(weight.inputs.arguments.items()) if weight.inputs else ()

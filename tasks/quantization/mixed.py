@@ -8,7 +8,7 @@ integer program with one choice per part, solved exactly.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
@@ -87,7 +87,6 @@ class Score(BaseModel, frozen=True, extra="forbid"):
 
     layers: tuple[str, ...]
     num_weights: int
-    kind: Literal["linear", "embedding"]
     grid: Grid
     size_bits: int  # integers, scales and zero points
     kl: float  # KL(original || with this part rounded), nats per token

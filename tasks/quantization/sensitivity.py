@@ -9,7 +9,7 @@ measuring again.
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -153,14 +153,14 @@ def _scores(
                 return RestOfModel(model, family, ids).log_probabilities(EVERY)
 
             for grid in embedding_choices:
-                yield _score(model, tables, "embedding", grid, original, restarted)
+                yield _score(model, tables, grid, original, restarted)
         for index in range(num_blocks):
             for step in family.steps:
                 part = tuple(
                     name for name in (f"{family.block(index)}.{linear}" for linear in step) if name not in ignored
                 )
                 for grid in choices if part else ():
-                    yield _score(model, part, "linear", grid, original, lambda: rest.log_probabilities(EVERY))
+                    yield _score(model, part, grid, original, lambda: rest.log_probabilities(EVERY))
             rest.advance()
             report(index + 1, num_blocks, {})
 
@@ -168,7 +168,6 @@ def _scores(
 def _score(
     model: "PreTrainedModel",
     layers: tuple[str, ...],
-    kind: Literal["linear", "embedding"],
     grid: Grid,
     original: "Tensor",
     log_probabilities: "Callable[[], Tensor]",
@@ -185,7 +184,6 @@ def _score(
     return Score(
         layers=layers,
         num_weights=sum(values.numel() for values in before),
-        kind=kind,
         grid=grid,
         size_bits=sum(size_bits(grid, (values.shape[0], values.shape[1])) for values in before),
         kl=_divergence(original, changed),

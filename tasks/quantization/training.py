@@ -21,10 +21,9 @@ from tasks.calibration.tokens import check_vocabulary
 from tasks.distillation.training import Loss, TrainingSummary, train
 from tasks.quantization.checkpoint_format import (
     QuantizedWeight,
-    packed_tensors,
-    plain_tensors,
+    linear_tensors,
     read_weights,
-    tied_tensors,
+    table_tensors,
 )
 
 if TYPE_CHECKING:
@@ -166,9 +165,8 @@ def _tensors(student: "PreTrainedModel", module: str, weight: QuantizedWeight) -
     """What the file holds for a quantized layer, and for the LM head that is tied to it."""
     family = architecture(student.config.model_type)
     if module not in (family.embedding, family.lm_head):
-        return packed_tensors(module, weight)
-    tied = module == family.embedding and student.config.tie_word_embeddings
-    return plain_tensors(module, weight) | (tied_tensors(family.lm_head, weight) if tied else {})
+        return linear_tensors(module, weight)
+    return table_tensors(module, weight, family.lm_head if student.config.tie_word_embeddings else None)
 
 
 def _check_kinds(checkpoint: Path, teacher: Path) -> None:

@@ -13,7 +13,7 @@ INT3, INT4, INT8 = Grid(bits=3, group_size=16), Grid(bits=4, group_size=16), Gri
 
 def score(name, grid, kl, num_weights=1024):
     size = size_bits(grid, (num_weights // 32, 32))
-    return Score(layers=(name,), num_weights=num_weights, kind="linear", grid=grid, size_bits=size, kl=kl)
+    return Score(layers=(name,), num_weights=num_weights, grid=grid, size_bits=size, kl=kl)
 
 
 def random_scores(num_parts, seed):
