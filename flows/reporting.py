@@ -165,6 +165,7 @@ def _grid_words(weights: Grid | Mixed) -> str:
     granularity = "per tensor" if weights.per_tensor else "per channel"
     granularity = f"groups of {weights.group_size}" if weights.group_size else granularity
     kind = "symmetric" if weights.symmetric else f"asymmetric, {weights.zero_point} zero points"
+    kind += " full range" if weights.full_range else ""
     return f"W{weights.bits} {granularity}, {kind}"
 
 

@@ -97,6 +97,7 @@ def compress_blocks(
     prepare_: Callable[[str, dict[str, Statistic]], None] | None = None,
     residence: Residence | None = None,
     first_block: int = 0,
+    keep_last: bool = False,
     finish: Callable[[int], None] | None = None,
 ) -> None:
     """Compress linear layers in place and in order.
@@ -115,6 +116,7 @@ def compress_blocks(
             block is compressed; may change the block in place, but not what it computes.
         residence: where weights and hidden states lie; None: the model is in memory as a whole.
         first_block: those before it were finished by an earlier walk, and `residence` holds what this one reads.
+        keep_last: keep what the last block gives too, for what comes after the blocks.
         finish: gets the index of a block when it is compressed and what the next one reads is kept.
     """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)
@@ -139,7 +141,7 @@ def compress_blocks(
                     _compress_step_(block, step, make_statistic, compress_)
             elif linears[index]:
                 _compress_at_once_(block, linears[index], make_statistic, compress_)
-            if index + 1 < len(blocks):
+            if keep_last or index + 1 < len(blocks):
                 residence.keep(index + 1, block.outputs())
         if finish:
             finish(index)

@@ -81,9 +81,14 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
 
     def cannot_hold(self, grid: Grid) -> str | None:
         """Why this engine cannot multiply with weights on `grid`; None if it can."""
-        if grid.format == "float8_e4m3" or grid.symmetric:
-            return None
-        return "TensorRT takes no zero points; quantize with `symmetric: true` for it."
+        if not grid.symmetric:
+            return "TensorRT takes no zero points; quantize with `symmetric: true` for it."
+        if grid.full_range and grid.bits > 4:
+            return (
+                f"TensorRT takes 8-bit integers, which hold {grid.bits} bits too, with positive scales only; "
+                "drop `full_range`."
+            )
+        return None
 
     def cannot_round(self, activations: Activations | None, kv_cache: Format | None) -> str | None:
         """Why this engine cannot round inputs, or the KV cache, like this; None if it can."""
@@ -173,7 +178,7 @@ def _refuse_strange_integers(decoder: Decoder) -> None:
         if weight.bits > 4 and weight.scale.min() < 0:
             raise ValueError(
                 f"TensorRT takes 8-bit integers with positive scales only; {name} has scales down to "
-                f"{weight.scale.min():.4g}, as GGUF's Q5_0 does. Use `method: rtn` or `gptq` for this engine."
+                f"{weight.scale.min():.4g}, as `full_range` and GGUF's Q5_0 have. Quantize without either."
             )
         if weight.inputs and (weight.inputs.scale is None or weight.inputs.zero_point):
             raise ValueError(

@@ -1,6 +1,5 @@
 """Stage: a float checkpoint in, a compressed-tensors checkpoint out, one block or tensor in memory at a time."""
 
-import json
 import logging
 import math
 import shutil
@@ -11,15 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tasks.calibration.architectures import Architecture, architecture, matching
+from tasks.calibration.architectures import Architecture, architecture
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.calibration.tokens import calibration_batches
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
-from tasks.quantization.activations import Activations, Format
+from tasks.quantization.activations import Activations, Format, Inputs
 from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
+    Scheme,
     linear_scheme,
     linear_tensors,
     plain_scheme,
@@ -28,6 +28,7 @@ from tasks.quantization.checkpoint_format import (
 )
 from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
+from tasks.quantization.plan import Plan, plan, read_config
 from tasks.quantization.sensitivity import measure_divergence, read_scores
 from tasks.quantization.smoothquant import smoothed
 from tasks.quantization.source_weights import SourceWeights
@@ -127,19 +128,13 @@ def _quantize(
     report: Report,
 ) -> QuantizationSummary:
     """See `quantize_checkpoint`; `chosen` are the grids of the layers that mixed precision chose for."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"Quantization needs a float checkpoint; {checkpoint} is quantized already. Start from the float model."
-        )
-    family = architecture(config["model_type"])
-    num_layers = int(config[family.num_layers_option])
-    measured: dict[str, Measured] = {}
-    notes: list[str] = []
-    resumed_from_block = None
-    linears = family.all_linears(num_layers)
     activations, kv_cache = (None, None) if isinstance(method, FromSource) else (method.activations, method.kv_cache)
+    config = read_config(checkpoint)
+    family = architecture(config["model_type"])
+    linears = family.all_linears(int(config[family.num_layers_option]))
     batches = _activation_batches(activations, kv_cache, data, int(config["vocab_size"]))
+    measured: dict[str, Measured] = {}
+    walk = None
     with (
         _kept(work_dir, out) as work,
         _smooth(checkpoint, activations, family, linears, batches, out, report) as read_from,
@@ -147,85 +142,87 @@ def _quantize(
         SourceWeights(checkpoint) as source,
         TensorWriter(out) as writer,
     ):
-        tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
-        config["tie_word_embeddings"] = tied
-        names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
-        num_parameters = sum(math.prod(tensors.shape(name)) for name in names)
-        targets = _targets(method, chosen, family, num_layers, tied)
-        if isinstance(method, FromSource):
-            carried = [module for module, target in targets.items() if target]
-            targets |= source.targets(method, carried, (family.embedding, family.lm_head))
-        inputs = kinds_of_inputs(activations, linears, [module for module in linears if targets[module]])
-        if method.method == "gptq":
-            calibrated = {name: grid for name in linears if isinstance(grid := targets[name], Grid)}
-            walk = quantize_blocks(read_from, tensors, data, family, method, calibrated, inputs, work, report)
+        planned = plan(checkpoint, tensors, source, method, chosen)
+        inputs = kinds_of_inputs(activations, linears, [module for module in linears if planned.targets[module]])
+        if isinstance(method, Gptq):
+            grids = {name: grid for name in linears if isinstance(grid := planned.targets[name], Grid)}
+            walk = quantize_blocks(read_from, tensors, data, family, method, grids, inputs, planned.head, work, report)
             for file in walk.files:
                 writer.add_file(file)
             measured |= {each.layer.name: each for each in walk.measured}
-            notes, resumed_from_block = walk.notes, walk.resumed_from_block
-        for step, name in enumerate(names, start=1):
-            module = name.removesuffix(".weight")
-            if name in writer or (name.endswith(".weight") and module in measured):
-                continue
-            values = tensors.copy(name)
-            target = targets.get(module) if name.endswith(".weight") else None
-            if target is None:
-                _refuse_not_finite(values, name)
-                writer.add({name: values.numpy()})
-                report(step, len(names), {})
-                continue
-            words = "rounded to nearest"
-            if isinstance(target, FromSource):
-                weight, words = source.carry(module, values.numpy()), "as the source has it"
-            else:
-                weight = replace(method.quantize(values, target, module), inputs=inputs.get(module))
-            is_table = module in (family.embedding, family.lm_head)
-            scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
-            measured[module] = measure(module, values.numpy(), weight, scheme, words)
-            head = family.lm_head if tied else None
-            writer.add(table_tensors(module, weight, head) if is_table else linear_tensors(module, weight))
-            report(step, len(names), {"relative_error": measured[module].layer.relative_error})
-    schemes = {name: each.scheme for name, each in measured.items()}
-    if tied and family.embedding in schemes:
-        schemes[family.lm_head] = schemes[family.embedding]
-    ignored = matching([*linears, family.embedding, family.lm_head], method.ignore)
-    left_float = {
-        module: "`ignore` names it" if module in ignored else _why_float(method)
-        for module, target in targets.items()
-        if target is None
-    }
-    config["dtype"] = "float32"
-    config.pop("torch_dtype", None)
-    config.pop("_name_or_path", None)
-    tied_float = [family.lm_head] if tied and family.lm_head not in schemes else []
+        measured |= _write_the_rest(planned, method, tensors, source, inputs, measured, writer, report)
     copy_tokenizer(checkpoint, out)
+    if (checkpoint / "generation_config.json").exists():
+        shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
     size_bytes = writer.size_bytes
     if batches:
-        without = {module: replace(scheme, inputs=()) for module, scheme in schemes.items()}
-        config["quantization_config"] = quantization_config(without, [*left_float, *tied_float])
-        write_config(out, config)
+        _write_config(out, planned, {name: replace(each.scheme, inputs=()) for name, each in measured.items()}, None)
         found, added = add_scales(out, family, activations, inputs, kv_cache, batches, report)
         size_bytes += added
         measured = {name: with_inputs(each, inputs.get(name), found.get(name)) for name, each in measured.items()}
-    config["quantization_config"] = quantization_config(schemes, [*left_float, *tied_float], kv_cache)
-    write_config(out, config)
-    if (checkpoint / "generation_config.json").exists():
-        shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")
-    if left_float:
-        logger.info("%d layers stay float32: %s", len(left_float), ", ".join(left_float))
+    _write_config(out, planned, {name: each.scheme for name, each in measured.items()}, kv_cache)
+    if planned.left_float:
+        logger.info("%d layers stay float32: %s", len(planned.left_float), ", ".join(planned.left_float))
     return summarize(
         list(measured.values()),
-        num_parameters=num_parameters,
+        num_parameters=planned.num_parameters,
         size_bytes=size_bytes,
-        left_float=left_float,
-        resumed_from_block=resumed_from_block,
-        notes=notes + source.costs(list(measured.values())),
+        left_float=planned.left_float,
+        resumed_from_block=walk.resumed_from_block if walk else None,
+        notes=(walk.notes if walk else []) + source.costs(list(measured.values())),
     )
 
 
-def _why_float(method: QuantizationMethod) -> str:
-    """Why a layer that no `ignore` names stays float32."""
-    return "the source has it as floats" if isinstance(method, FromSource) else "`embeddings` is null"
+def _write_the_rest(
+    planned: Plan,
+    method: QuantizationMethod,
+    tensors: Tensors,
+    source: SourceWeights,
+    inputs: dict[str, Inputs],
+    done: dict[str, Measured],
+    writer: TensorWriter,
+    report: Report,
+) -> dict[str, Measured]:
+    """Write every tensor that no walk through the blocks has written; the figures of those that are quantized."""
+    measured: dict[str, Measured] = {}
+    for step, name in enumerate(planned.names, start=1):
+        module = name.removesuffix(".weight")
+        if name in writer or (name.endswith(".weight") and module in done):
+            continue
+        values = tensors.copy(name)
+        target = planned.targets.get(module) if name.endswith(".weight") else None
+        if target is None:
+            _refuse_not_finite(values, name)
+            writer.add({name: values.numpy()})
+            report(step, len(planned.names), {})
+            continue
+        words = "rounded to nearest"
+        if isinstance(target, FromSource):
+            weight, words = source.carry(module, values.numpy()), "as the source has it"
+        else:
+            weight = replace(method.quantize(values, target, module), inputs=inputs.get(module))
+        is_table = planned.is_table(module)
+        scheme = plain_scheme(weight) if is_table else linear_scheme(weight)
+        measured[module] = measure(module, values.numpy(), weight, scheme, words)
+        writer.add(table_tensors(module, weight, planned.tied_head) if is_table else linear_tensors(module, weight))
+        report(step, len(planned.names), {"relative_error": measured[module].layer.relative_error})
+    return measured
+
+
+def _write_config(out: Path, planned: Plan, schemes: dict[str, Scheme], kv_cache: Format | None) -> None:
+    """config.json of the quantized checkpoint."""
+    family = planned.family
+    if planned.tied and family.embedding in schemes:
+        schemes = schemes | {family.lm_head: schemes[family.embedding]}
+    left_float = list(planned.left_float)
+    if planned.tied and family.lm_head not in schemes:
+        left_float.append(family.lm_head)
+    config = {
+        **{key: value for key, value in planned.config.items() if key not in ("torch_dtype", "_name_or_path")},
+        "dtype": "float32",
+        "quantization_config": quantization_config(schemes, left_float, kv_cache),
+    }
+    write_config(out, config)
 
 
 @contextmanager
@@ -262,32 +259,6 @@ def _smooth(
     if not (options and options.smooth):
         return nullcontext(checkpoint)
     return smoothed(checkpoint, batches, family, linears, options.smooth, scratch, report)
-
-
-def _targets(
-    method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, num_layers: int, tied: bool
-) -> dict[str, Grid | FromSource | None]:
-    """The grid of every layer that could be quantized, or the source's own; None where it is left alone."""
-    modules: dict[str, Grid | FromSource | None]
-    if isinstance(method, FromSource):
-        modules = dict.fromkeys([*family.all_linears(num_layers), family.embedding, family.lm_head], method)
-    else:
-        every = method.weights if isinstance(method.weights, Grid) else None
-        modules = {name: chosen.get(name, every) for name in family.all_linears(num_layers)}
-        modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
-        modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
-    for module in matching(list(modules), method.ignore):
-        modules[module] = None
-    if tied:
-        if modules[family.embedding] != modules[family.lm_head]:
-            raise ValueError(
-                f"{family.embedding} and {family.lm_head} share one weight here, so `ignore` must name both or "
-                f"neither; got {', '.join(method.ignore)}. Set `embeddings` to null to leave both alone."
-            )
-        del modules[family.lm_head]
-    if not any(modules.values()):
-        raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(method.ignore)}) leaves none.")
-    return modules
 
 
 def _refuse_not_finite(values: "Tensor", name: str) -> None:

@@ -71,6 +71,11 @@ def fake_quantize(weight: Tensor, affine: Affine) -> Tensor:
     return affine.dequantize(straight_through(position.clamp(smallest - 0.5, largest + 0.5), integers))
 
 
+def _stored_scale(scale: Tensor) -> Tensor:
+    """The nearest float16 that is not zero, of the same sign; float32."""
+    return torch.copysign(scale.abs().clamp(HALF_MIN, HALF_MAX), scale).half().float()
+
+
 class TrainableWeight(nn.Module):
     """A quantized weight [out, in] whose scales are trained, and its weights too where it has latent ones.
 
@@ -111,7 +116,7 @@ class TrainableWeight(nn.Module):
     def affine(self) -> Affine:
         """The grids as they are stored, [out, groups]."""
         scale = self.first_scale * (SPEED * self.log_scale).exp()
-        scale = straight_through(scale, scale.detach().clamp(HALF_MIN, HALF_MAX).half().float())
+        scale = straight_through(scale, _stored_scale(scale.detach()))
         if self.shift is None:
             return Affine(self.bits, scale, self.zero_point)
         offset = self.first_offset + self.first_scale * (SPEED * self.shift)

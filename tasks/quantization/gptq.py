@@ -5,10 +5,16 @@ Transformers, ICLR 2023, arXiv:2210.17323, algorithm 1; with the activation orde
 to the weights as they were, so that groups stay runs of neighbouring inputs whatever the order ("static groups");
 with `range: mse`, errors are weighed by the inputs' squares.
 
+The LM head is no layer of a block, but it is a product with known inputs, the outputs of the final norm, so it is
+rounded in the same way once all blocks are. Where it is tied to the embedding, its rows are looked up too, and a
+lookup counts every error of a row alike: that is a multiple of the identity in the Hessian, which is what damping adds,
+hence TIED_DAMPING.
+
 Deviations: weights that are zero stay zero where the grid has a zero, so a pruned layer stays pruned; where the damped
 Hessian has no Cholesky factor, damping grows tenfold, at most to the mean of its diagonal, and the summary says so.
 """
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -23,6 +29,12 @@ if TYPE_CHECKING:
 
     from tasks.calibration.statistics import InputGram
     from tasks.quantization.checkpoint_format import QuantizedWeight
+    from tasks.quantization.grid import Affine
+
+TIED_DAMPING = 0.1
+"""At least, for an LM head that is the embedding too."""
+ROWS_AT_ONCE = 8192
+"""So that an LM head needs little more memory than itself."""
 
 
 class Gptq(Targets, frozen=True, extra="forbid"):
@@ -50,20 +62,30 @@ class Gptq(Targets, frozen=True, extra="forbid"):
         return self
 
     def quantize(self, weight: "Tensor", grid: Grid, layer: str) -> "QuantizedWeight":
-        """`weight` [out, in] float32 of a table on `grid`; `layer` names it in errors."""
+        """`weight` [out, in] float32 of a table that is only looked up on `grid`; `layer` names it in errors."""
         return round_to_nearest(weight, grid, layer)
 
-    def quantize_for(self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram") -> "Found":
-        """`weight` [out, in] float32 of a linear layer on `grid`, for the inputs it was seen to get."""
-        return gptq(
+    def quantize_for(
+        self, weight: "Tensor", grid: Grid, layer: str, inputs: "InputGram", *, is_looked_up: bool = False
+    ) -> "Found":
+        """`weight` [out, in] float32 of a linear layer on `grid`, for the inputs it was seen to get.
+
+        `is_looked_up`: it is an embedding too.
+        """
+        damping = max(self.damping, TIED_DAMPING) if is_looked_up else self.damping
+        found = gptq(
             weight,
             inputs.value,
             grid,
             layer,
-            damping=self.damping,
+            damping=damping,
             act_order=self.act_order,
             block_size=self.block_size,
         )
+        note = ""
+        if found.damping > damping:
+            note = f"damping raised from {damping:g} to {found.damping:g}; its inputs are nearly dependent"
+        return Found(found.weight, found.damping, note)
 
 
 class Found(NamedTuple):
@@ -71,6 +93,7 @@ class Found(NamedTuple):
 
     weight: "QuantizedWeight"
     damping: float  # as it had to be
+    note: str = ""  # in words, where that is more than was asked for
 
 
 def gptq(
@@ -105,14 +128,35 @@ def gptq(
         raise ValueError(f"The inputs of {layer} must be finite on the calibration tokens; they overflow or are NaN.")
     affine = fit(weight, options, layer, importance=hessian.diagonal())
     group_size = options.group_size or in_features
-    left = weight.clone()
     dead = hessian.diagonal() == 0  # never seen: nothing says what their weights are for
-    left[:, dead] = 0
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(in_features)
-    left = left[:, order]
     upper, damping = _upper_factor_(hessian[order[:, None], order], dead[order], damping, layer)
-    integers = torch.empty_like(left, dtype=torch.int8 if options.symmetric else torch.uint8)
+    integers = torch.empty(weight.shape, dtype=torch.int8 if options.symmetric else torch.uint8)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        grids = affine.each(itemgetter(rows))
+        integers[rows] = _round_columns(weight[rows], grids, upper, order, dead, group_size, block_size)
+    return Found(stored(integers, affine, options.group_size), damping)
+
+
+def _round_columns(
+    weight: "Tensor",
+    affine: "Affine",
+    upper: "Tensor",
+    order: "Tensor",
+    dead: "Tensor",
+    group_size: int,
+    block_size: int,
+) -> "Tensor":
+    """Algorithm 1 for some rows of a weight [rows, in_features]; the integers, in the order of its columns."""
+    import torch
+
+    in_features = weight.shape[1]
+    left = weight.clone()
+    left[:, dead] = 0
+    left = left[:, order]
     zero = affine.zero
+    integers = torch.empty(weight.shape, dtype=torch.int8 if affine.real_zero_point is None else torch.uint8)
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
         errors = torch.empty_like(left[:, start:end])
@@ -123,14 +167,12 @@ def gptq(
             if zero is not None:
                 pruned = weight[:, order[column]] == 0
                 chosen = torch.where(pruned, zero[:, int(order[column]) // group_size].to(chosen.dtype), chosen)
-            integers[:, column] = chosen
+            integers[:, order[column]] = chosen
             error = (values - grids.dequantize(chosen)) / upper[column, column]
             errors[:, column - start] = error
             left[:, column:end].addr_(error, upper[column, column:end], alpha=-1)
         left[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
-    unordered = torch.empty_like(integers)
-    unordered[:, order] = integers
-    return Found(stored(unordered, affine, options.group_size), damping)
+    return integers
 
 
 def _upper_factor_(hessian: "Tensor", dead: "Tensor", damping: float, layer: str) -> "tuple[Tensor, float]":

@@ -39,6 +39,18 @@ def symmetric_scale(minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
     return _positive(largest / integer_range(bits, symmetric=True)[1])
 
 
+def full_range_scale(minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
+    """Scale that puts the value of largest magnitude onto the type's smallest integer, -8 for 4 bits.
+
+    It has the other sign than that value, so that all 2 ** bits integers are of use; what lies on the other side may
+    saturate by up to half a step. GGUF's Q4_0 has such scales (ggml's quantize_row_q4_0_ref).
+
+    Args and Returns are those of `symmetric_scale`, but for the sign.
+    """
+    largest = torch.where(minimum.abs() >= maximum.abs(), minimum, maximum)
+    return torch.where(largest == 0, 1.0, largest / integer_range(bits, symmetric=True)[0])
+
+
 def asymmetric_scale(minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
     """Scale that spreads [minimum, maximum], widened to hold zero, over all of [0, 2 ** bits - 1].
 
@@ -55,7 +67,7 @@ def asymmetric_zero_point(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def storable(scale: Tensor) -> Tensor:
-    """`scale` rounded up to a value of float16, still float32.
+    """`scale` with its magnitude rounded up to a value of float16, still float32.
 
     Integers are computed with the scale that is stored, so every engine and PyTorch recover the same weights, whether
     they hold scales as float16 or float32. Upwards, so that the largest weight does not saturate. It costs a range
@@ -65,10 +77,11 @@ def storable(scale: Tensor) -> Tensor:
         ValueError: a scale exceeds the range of float16.
     """
     rounded = scale.half()
-    rounded = torch.where(rounded.float() < scale, (rounded.view(torch.int16) + 1).view(torch.float16), rounded)
+    larger = (rounded.view(torch.int16) + 1).view(torch.float16)
+    rounded = torch.where(rounded.float().abs() < scale.abs(), larger, rounded)
     if torch.isinf(rounded).any():
         raise ValueError(
-            f"Scales must fit into float16, at most 65504; got {scale.max().item():.4g}. "
+            f"Scales must fit into float16, at most 65504; got {scale.abs().max().item():.4g}. "
             "Leave this layer unquantized with `ignore`."
         )
     return rounded.float()

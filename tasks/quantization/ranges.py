@@ -38,6 +38,11 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     )
     bits: int = Field(8, ge=2, le=8, description="Bits per weight; the engines take 4 and 8.")
     symmetric: bool = Field(True, description="Zero is the integer 0; otherwise a zero point is stored too.")
+    full_range: bool = Field(
+        False,
+        description="Of symmetric grids: all integers are used, [-8, 7] with 4 bits, and scales have a sign; otherwise "
+        "the smallest is left out. Better with few bits; TensorRT takes it with up to 4.",
+    )
     group_size: int | None = Field(
         None, ge=8, description="Consecutive inputs that share a scale; null: one scale per row (per channel)."
     )
@@ -80,6 +85,8 @@ class Grid(BaseModel, frozen=True, extra="forbid"):
     def _only_asymmetric_grids_have_zero_points(self) -> "Grid":
         if self.symmetric and self.zero_point == "real":
             raise ValueError("a symmetric grid has no zero point; set `symmetric: false`, or drop `zero_point`.")
+        if self.full_range and not self.symmetric:
+            raise ValueError("an asymmetric grid uses all integers anyway; drop `full_range`, or `symmetric: false`.")
         return self
 
 
@@ -139,7 +146,8 @@ def covering(minimum: "Tensor", maximum: "Tensor", options: Grid) -> "Affine":
         scale = grid.offset_scale(minimum, maximum, bits)
         return grid.Affine(bits, scale, offset=grid.nearest_half(minimum))
     if options.symmetric:
-        return grid.Affine(bits, grid.storable(grid.symmetric_scale(minimum, maximum, bits)))
+        scale_of = grid.full_range_scale if options.full_range else grid.symmetric_scale
+        return grid.Affine(bits, grid.storable(scale_of(minimum, maximum, bits)))
     scale = grid.storable(grid.asymmetric_scale(minimum, maximum, bits))
     return grid.Affine(bits, scale, zero_point=grid.asymmetric_zero_point(minimum, scale, bits))
 

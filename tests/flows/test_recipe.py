@@ -73,12 +73,19 @@ def test_a_value_out_of_range_names_value_and_bound():
         ("onnxruntime", {"bits": 4, "group_size": 24}, "groups divisible by 16; got 24"),
         ("tensorrt", {"bits": 8, "symmetric": False}, "TensorRT takes no zero points"),
         ("tensorrt", {"bits": 4, "symmetric": False, "zero_point": "real"}, "TensorRT takes no zero points"),
+        ("tensorrt", {"bits": 5, "full_range": True}, "TensorRT takes 8-bit integers, which hold 5 bits too"),
     ],
 )
 def test_a_grid_that_an_engine_cannot_hold_is_refused_before_anything_starts(engine, grid, message):
     engines = [{"engine": "openvino", "precision": "float32"}, {"engine": engine, "precision": "float32"}]
     content = changed(candidates={"a": {"quantization": {**INT8, "weights": grid}}}, engines=engines)
     assert f"candidate 'a': {message}" in refusal(content).replace("ONNX Runtime needs quantization ", "")
+
+
+def test_a_full_range_without_symmetry_is_refused():
+    weights = {"bits": 4, "symmetric": False, "full_range": True}
+    text = refusal(changed(candidates={"a": {"quantization": {**INT8, "weights": weights}}}))
+    assert "an asymmetric grid uses all integers anyway; drop `full_range`" in text
 
 
 def test_recovery_without_pruning_is_refused():

@@ -36,10 +36,12 @@ FAST = OnnxRuntime(precision="float32")
 FLOAT32_ERROR = 1e-4  # logits are below 5; float32 sums in another order
 GRIDS = {
     "int8": Grid(bits=8),
+    "int8 full range": Grid(bits=8, full_range=True),
     "uint8": Grid(bits=8, symmetric=False),
     "int8 groups": Grid(bits=8, group_size=16),
     "uint8 groups": Grid(bits=8, symmetric=False, group_size=32),
     "int4": Grid(bits=4, group_size=32),
+    "int4 full range": Grid(bits=4, group_size=32, full_range=True),
     "uint4": Grid(bits=4, symmetric=False, group_size=16),
     "int4 rows": Grid(bits=4),
     "uint3": Grid(bits=3, symmetric=False, group_size=64),

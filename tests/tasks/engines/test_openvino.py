@@ -32,8 +32,10 @@ EXACT = OpenVino(precision="float32", activations="float32", kv_cache="float32")
 FLOAT32_ERROR = 1e-4  # logits are below 5; float32 sums in another order
 GRIDS = {
     "int8": Grid(bits=8),
+    "int8 full range": Grid(bits=8, full_range=True),
     "uint8": Grid(bits=8, symmetric=False),
     "int4": Grid(bits=4, group_size=32),
+    "int4 full range": Grid(bits=4, group_size=32, full_range=True),
     "uint4": Grid(bits=4, symmetric=False, group_size=32),
     "uint4 real": Grid(bits=4, symmetric=False, group_size=32, zero_point="real"),
 }

@@ -35,13 +35,15 @@ def test_plan_of_a_float_checkpoint_is_built_without_a_gpu(
 
 
 @needs_builder
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, None), (4, 32)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "step"), [(8, None, 0.01), (8, 32, 0.01), (4, None, 0.01), (4, 32, 0.01), (4, 32, -0.01)]
+)
 def test_plan_of_symmetric_integers_is_built(
-    tiny_checkpoint: Path, tmp_path: Path, bits: int, group_size: int | None
+    tiny_checkpoint: Path, tmp_path: Path, bits: int, group_size: int | None, step: float
 ) -> None:
     decoder = read_decoder(tiny_checkpoint)
     integers = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (128, 64), dtype=np.int8)
-    scale = np.full((128, 64 // (group_size or 64)), 0.01, dtype=np.float32)
+    scale = np.full((128, 64 // (group_size or 64)), step, dtype=np.float32)
     up = QuantizedWeight(integers=integers, scale=scale, zero_point=None, bits=bits, group_size=group_size)
     layers = (dataclasses.replace(decoder.layers[0], up=up), *decoder.layers[1:])
     tensorrt.export_decoder(

@@ -18,6 +18,7 @@ from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.awq import scale_inputs_
 from tasks.quantization.blocks import BATCH_SIZE
 from tasks.quantization.checkpoint_format import read_weights
+from tasks.quantization.gptq import gptq, output_error
 from tasks.quantization.summary import QuantizationSummary
 
 METHODS = {
@@ -79,6 +80,49 @@ def test_streamed_integers_are_those_of_a_walk_in_memory(family_checkpoint, data
     assert bool(changed) == method.awq
     for name, values in changed.items():
         assert np.array_equal(weights[name], values.numpy())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lm_head_is_rounded_for_what_the_quantized_blocks_give_it(
+    tiny_checkpoint, family_checkpoint, data, tmp_path, tied
+):
+    checkpoint, out = tiny_checkpoint if tied else family_checkpoint("qwen3"), tmp_path / "out"
+    out.mkdir()
+    method = Gptq(weights=Grid(bits=3, group_size=32), embeddings=Grid(bits=3, group_size=32))
+    summary = quantize_checkpoint(checkpoint=checkpoint, data=data, method=method, out=out)
+    original, model = load_model(checkpoint), load_model(out)
+    inputs = InputGram(original.config.hidden_size)
+    with torch.no_grad():
+        for batch in calibration_batches(data, 512, BATCH_SIZE):
+            # Blocks, quantized, behind the float embedding: a tied one is rounded after them.
+            model.set_input_embeddings(original.get_input_embeddings())
+            inputs.update(model.base_model(batch).last_hidden_state)
+    head = original.get_output_embeddings().weight.detach()
+    arguments = {"damping": 0.1 if tied else 0.01, "act_order": True, "block_size": 128}
+    expected, damping, _ = gptq(head, inputs.value, method.embeddings, "head", **arguments)
+    module = "model.embed_tokens" if tied else "lm_head"
+    found = read_weights(out)[f"{module}.weight"]
+    assert np.array_equal(found.scale, expected.scale)
+    assert (found.integers == expected.integers).mean() > 0.999  # sums in another order
+    assert damping == arguments["damping"]
+    (layer,) = (layer for layer in summary.layers if layer.name == module)
+    assert layer.method == "GPTQ"
+    assert layer.output_error == pytest.approx(
+        output_error(head, torch.from_numpy(expected.dequantize()), inputs.value), rel=1e-2
+    )
+    others = {layer.name: layer.method for layer in summary.layers if layer.method != "GPTQ"}
+    assert others == ({} if tied else {"model.embed_tokens": "rounded to nearest"})
+
+
+def test_an_lm_head_that_was_not_finished_is_the_only_thing_left_to_do(tiny_checkpoint, data, tmp_path, monkeypatch):
+    run = partial(quantize_checkpoint, checkpoint=tiny_checkpoint, data=data, method=Gptq(), work_dir=tmp_path / "work")
+    (tmp_path / "whole").mkdir()
+    run(out=tmp_path / "whole")
+    (tmp_path / "work" / "head.safetensors").unlink()
+    monkeypatch.setattr("tasks.calibration.layerwise.compress_blocks", None)
+    (tmp_path / "resumed").mkdir()
+    assert run(out=tmp_path / "resumed").resumed_from_block == 4
+    assert sha256(tmp_path / "resumed") == sha256(tmp_path / "whole")
 
 
 STAGE = """

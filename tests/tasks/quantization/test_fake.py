@@ -12,6 +12,7 @@ from tasks.quantization.grid import Affine, integer_range
 GRIDS = {
     "symmetric": Grid(bits=4, group_size=8),
     "per channel": Grid(bits=3),
+    "signed scales": Grid(bits=4, group_size=8, full_range=True),
     "asymmetric": Grid(bits=4, group_size=8, symmetric=False),
     "real zero points": Grid(bits=4, group_size=8, symmetric=False, zero_point="real"),
 }
@@ -120,7 +121,7 @@ def test_what_is_stored_is_what_was_computed(grid, latent):
     stored = weight.stored()
     assert np.array_equal(stored.dequantize(), weight.rows().detach().numpy())
     assert np.array_equal(stored.scale, stored.scale.astype(np.float16).astype(np.float32))
-    assert (stored.scale > 0).all()
+    assert np.array_equal(np.sign(stored.scale), np.sign(weight.first_scale.numpy()))
     assert np.array_equal(stored.integers, rounded(grid).integers) == (not latent)
     if stored.zero_point is not None and not stored.has_real_zero_point:
         assert np.array_equal(stored.zero_point, rounded(grid).zero_point)

@@ -14,6 +14,7 @@ GRIDS = {
     "per channel": Grid(bits=3),
     "real zero points": Grid(bits=4, group_size=16, symmetric=False, zero_point="real"),
     "narrowed": Grid(bits=3, group_size=16, range="mse"),
+    "full range": Grid(bits=4, group_size=16, full_range=True),
 }
 
 
@@ -95,6 +96,14 @@ def test_blocks_change_no_result(block_size):
     whole = solve(weight, x @ x.T, block_size=64).weight.integers
     parts = solve(weight, x @ x.T, block_size=block_size).weight.integers
     assert (whole == parts).mean() > 0.99  # sums in another order
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_rows_do_not_depend_on_each_other(name, monkeypatch):
+    weight, hessian = torch.randn(10, 32), (x := inputs(32)) @ x.T
+    whole = solve(weight, hessian, GRIDS[name], act_order=True).weight.integers
+    monkeypatch.setattr("tasks.quantization.gptq.ROWS_AT_ONCE", 3)
+    assert np.array_equal(solve(weight, hessian, GRIDS[name], act_order=True).weight.integers, whole)
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -88,10 +88,37 @@ def test_error_is_at_most_half_a_step_and_zero_is_exact(bits, symmetric):
         assert integers.min() >= -(2 ** (bits - 1)) + 1  # the restricted range
 
 
+def test_a_full_range_uses_all_integers():
+    """The largest value, 4, becomes -8 by a scale of -0.5, and -3.5 the largest integer, 7."""
+    x = torch.tensor([4.0, -3.5, 0.5, -0.9])
+    scale = grid.full_range_scale(x.min(), x.max(), 4)
+    assert scale.item() == -0.5
+    integers = grid.quantize(x, scale, None, 4)
+    assert integers.tolist() == [-8, 7, -1, 2]
+    assert grid.dequantize(integers, scale, None).tolist() == [4.0, -3.5, 0.5, -1.0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_full_range_is_exact_at_its_largest_value_and_errs_by_a_step_at_most(bits):
+    torch.manual_seed(bits)
+    x = torch.randn(64, 32)
+    x[:, 5] = 0
+    low, high = x.aminmax(dim=1, keepdim=True)
+    scale = grid.storable(grid.full_range_scale(low, high, bits))
+    assert ((scale < 0) == (high > -low)).all()
+    recovered = grid.dequantize(integers := grid.quantize(x, scale, None, bits), scale, None)
+    largest = x.abs().argmax(dim=1, keepdim=True)
+    assert (integers.gather(1, largest) == -(2 ** (bits - 1))).all()
+    # One side ends a step below the other; float16 scales are up to 2 ** -10 wider.
+    assert ((recovered - x).abs() <= scale.abs() * (1 + 2.0**-10 * 2 ** (bits - 1))).all()
+    assert (recovered[:, 5] == 0).all()
+    assert torch.equal(grid.quantize(recovered, scale, None, bits), integers)
+
+
 def test_rows_of_zeros_keep_a_scale_of_one():
     zeros = torch.zeros(2)
-    for scale in (grid.symmetric_scale(zeros, zeros, 8), grid.asymmetric_scale(zeros, zeros, 8)):
-        assert scale.tolist() == [1, 1]
+    for scale_of in (grid.symmetric_scale, grid.full_range_scale, grid.asymmetric_scale):
+        assert scale_of(zeros, zeros, 8).tolist() == [1, 1]
 
 
 def test_storable_scales_are_float16_values_never_smaller():
@@ -99,6 +126,7 @@ def test_storable_scales_are_float16_values_never_smaller():
     stored = grid.storable(scale)
     assert torch.equal(stored.half().float(), stored)
     assert (stored >= scale).all()
+    assert torch.equal(grid.storable(-scale), -stored)
     normal = scale > 6.2e-5
     assert (stored[normal] <= scale[normal] * (1 + 2**-10)).all()
 
@@ -114,8 +142,11 @@ def test_group_size_that_does_not_divide_names_layer_and_alternatives():
 
 
 @pytest.mark.parametrize("group_size", [None, 16, 1])
-@pytest.mark.parametrize("kind", ["INT8", "UINT8", "INT4", "UINT4"])
-def test_bit_exact_with_onnx_runtime(kind, group_size):
+@pytest.mark.parametrize(
+    ("kind", "full_range"),
+    [("INT8", False), ("INT8", True), ("UINT8", False), ("INT4", False), ("INT4", True), ("UINT4", False)],
+)
+def test_bit_exact_with_onnx_runtime(kind, full_range, group_size):
     torch.manual_seed(1)
     x = torch.randn(24, 64) * torch.logspace(-3, 1, 24)[:, None]
     x[0, :4] = torch.tensor([0.5, 1.5, 2.5, -2.5])  # ties
@@ -123,7 +154,8 @@ def test_bit_exact_with_onnx_runtime(kind, group_size):
     bits, symmetric = int(kind.removeprefix("U").removeprefix("INT")), kind.startswith("INT")
     groups = grid.in_groups(x, group_size, "x")
     low, high = groups.aminmax(dim=2)
-    scale = grid.storable((grid.symmetric_scale if symmetric else grid.asymmetric_scale)(low, high, bits))
+    symmetric_scale = grid.full_range_scale if full_range else grid.symmetric_scale
+    scale = grid.storable((symmetric_scale if symmetric else grid.asymmetric_scale)(low, high, bits))
     scale[0] = 1
     scale[1] /= 2  # saturates
     zero_point = None if symmetric else grid.asymmetric_zero_point(low, scale, bits)

@@ -13,18 +13,26 @@ def error(weight, grid):
     return float((np.abs(round_to_nearest(weight, grid, "layer").dequantize() - weight.numpy()) ** 2.4).sum())
 
 
-@pytest.mark.parametrize(("symmetric", "zero_point"), [(True, "integer"), (False, "integer"), (False, "real")])
+KINDS = {
+    "symmetric": {},
+    "full range": {"full_range": True},
+    "asymmetric": {"symmetric": False},
+    "real": {"symmetric": False, "zero_point": "real"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_narrowed_range_is_the_best_of_all_that_are_tried(bits, symmetric, zero_point):
+def test_a_narrowed_range_is_the_best_of_all_that_are_tried(bits, kind):
     torch.manual_seed(0)
     weight = torch.randn(5, 48)
     weight[1, 3] = 6.0
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=16, zero_point=zero_point, range="mse")
+    grid = Grid(bits=bits, group_size=16, range="mse", **KINDS[kind])
     affine = fit(weight, grid, "layer")
     for row, group in itertools.product(range(5), range(3)):
         values = weight[row, 16 * group : 16 * group + 16]
         low, high = values.min(), values.max()
-        middle = (low + high) / 2 if zero_point == "real" else torch.tensor(0.0)
+        middle = (low + high) / 2 if kind == "real" else torch.tensor(0.0)
         tried = {}
         for percent in range(80, 101):
             ends = [middle + percent / 100 * (end - middle) for end in (low, high)]
