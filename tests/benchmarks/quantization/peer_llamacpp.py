@@ -12,11 +12,10 @@ there, none is collected for embedding and LM head.
 """
 
 import ctypes
-import importlib.util
+import importlib.metadata
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -77,7 +76,8 @@ def quantize(contender: Contender) -> tuple[dict[str, Floats], float]:
         for name, values in weights.items()
         if values.ndim == 2
     }
-    library = ctypes.CDLL(str(library_file()))
+    wheel = importlib.metadata.distribution("xllamacpp")
+    library = ctypes.CDLL(str(wheel.locate_file("xllamacpp/xllamacpp.abi3.so")))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
 
     def quantized(name: str) -> NDArray[np.uint8]:
@@ -173,12 +173,6 @@ def quantize_rows(library: ctypes.CDLL, values: Floats, kind: str, importance: F
     if num_bytes != out.nbytes:
         raise RuntimeError(f"{rows} rows of {columns} as {kind} must be {out.nbytes} bytes; got {num_bytes}.")
     return out
-
-
-def library_file() -> Path:
-    spec = importlib.util.find_spec("xllamacpp")
-    assert spec and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "xllamacpp.abi3.so"
 
 
 if __name__ == "__main__":
