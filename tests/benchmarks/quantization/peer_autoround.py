@@ -1,8 +1,9 @@
 """AutoRound's tuning of rounding by signed gradients; run by run.py in its own environment.
 
-The linear layers of every block are quantized as the options say, all else as AutoRound's defaults are. The embedding,
-which is the LM head too, gets 8 bits per row by AutoRound's plain rounding, because its default would leave it in
-float. Scales count as 16 bits; zero points, where a contender has them, as the weights' bits.
+The linear layers of every block are quantized as the options say, all else as AutoRound's defaults are, which compile
+the steps with torch: that needs a C++ compiler. The embedding, which is the LM head too, gets 8 bits per row by
+AutoRound's plain rounding, because its default would leave it in float. Scales count as 16 bits; zero points, where a
+contender has them, as the weights' bits.
 """
 
 from typing import Any

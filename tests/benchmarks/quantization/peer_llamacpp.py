@@ -1,11 +1,11 @@
 """llama.cpp's quantizers, out of the library in xllamacpp's wheel; run by run.py in its own environment.
 
-The wheel exports `ggml_quantize_chunk`, which rounds rows to one type, but not `llama_model_quantize`, which decides
-which tensor gets which. So `type_of` decides it as llama.cpp's `llama_tensor_get_type_impl` and `tensor_type_fallback`
-do for dense models of Llama's shape (src/llama-quant.cpp, commit 007dbbf3). What is left out of them: mixtures of
-experts, Falcon, Llama 70B. Rows that 256 does not divide cannot have a k-quant and get an older type; which types a
-contender has, its notes say. Rows are in Hugging Face order: llama.cpp reorders those of queries and keys, but rounds
-each by itself.
+The wheel, which needs the system's libgomp, exports `ggml_quantize_chunk`, which rounds rows to one type, but not
+`llama_model_quantize`, which decides which tensor gets which. So `type_of` decides it as llama.cpp's
+`llama_tensor_get_type_impl` and `tensor_type_fallback` do for dense models of Llama's shape (src/llama-quant.cpp, commit
+007dbbf3). What is left out of them: mixtures of experts, Falcon, Llama 70B. Rows that 256 does not divide cannot have a
+k-quant and get an older type; which types a contender has, its notes say. Rows are in Hugging Face order: llama.cpp
+reorders those of queries and keys, but rounds each by itself.
 
 With "importance", columns are weighed by their inputs' mean squares, as `llama-imatrix` would have collected them; like
 there, none is collected for embedding and LM head.
@@ -28,7 +28,6 @@ BASES = {
     "Q8_0": "Q8_0",
     "Q6_K": "Q6_K",
     "Q5_K_M": "Q5_K",
-    "Q5_1": "Q5_1",
     "Q5_0": "Q5_0",
     "Q4_K_M": "Q4_K",
     "Q4_K_S": "Q4_K",
@@ -53,10 +52,9 @@ FALLBACKS = {
     "IQ3_S": "IQ4_NL",
 }
 
-CONTENDERS: dict[str, dict[str, Any]] = {f"llama-cpp-{name}": {"preset": name} for name in BASES}
-CONTENDERS |= {
-    f"llama-cpp-{name}-imatrix": {"preset": name, "importance": True} for name in BASES if name not in ("Q8_0", "Q6_K")
-}
+CALIBRATED = ["Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ3_S", "Q2_K"]
+CONTENDERS: dict[str, dict[str, Any]] = {f"llama-cpp-{name}": {"preset": name} for name in BASES if name != "IQ3_S"}
+CONTENDERS |= {f"llama-cpp-{name}-imatrix": {"preset": name, "importance": True} for name in CALIBRATED}
 
 
 def quantize(contender: Contender) -> tuple[dict[str, Floats], float]:
