@@ -2,10 +2,10 @@
 
 The wheel, which needs the system's libgomp, exports `ggml_quantize_chunk`, which rounds rows to one type, but not
 `llama_model_quantize`, which decides which tensor gets which. So `type_of` decides it as llama.cpp's
-`llama_tensor_get_type_impl` and `tensor_type_fallback` do for dense models of Llama's shape (src/llama-quant.cpp, commit
-007dbbf3). What is left out of them: mixtures of experts, Falcon, Llama 70B. Rows that 256 does not divide cannot have a
-k-quant and get an older type; which types a contender has, its notes say. Rows are in Hugging Face order: llama.cpp
-reorders those of queries and keys, but rounds each by itself.
+`llama_tensor_get_type_impl` and `tensor_type_fallback` do for dense models of Llama's shape (src/llama-quant.cpp,
+commit 007dbbf3). What is left out of them: mixtures of experts, Falcon, Llama 70B. Rows that 256 does not divide
+cannot have a k-quant and get an older type; which types a contender has, its notes say. Rows are in Hugging Face
+order: llama.cpp reorders those of queries and keys, but rounds each by itself.
 
 With "importance", columns are weighed by their inputs' mean squares, as `llama-imatrix` would have collected them; like
 there, none is collected for embedding and LM head.
