@@ -23,7 +23,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "torchao-int4-hqq-scale-g32": {"bits": 4, "group_size": 32, "mapping": "symmetric", "algorithm": "hqq_scale_only"},
     "torchao-hqq-int4-g64": {"bits": 4, "group_size": 64, "tool": "hqq"},
     "torchao-hqq-int4-g32": {"bits": 4, "group_size": 32, "tool": "hqq"},
-    "torchao-hqq-int3-g32": {"bits": 3, "group_size": 32, "tool": "hqq"},
 }
 
 

