@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.pipeline import pipeline
-from flows.recipe import Candidate, Recipe
+from flows.recipe import Candidate, Recipe, has_time_budget
 from flows.sources import source_notes, source_obstacles
 from infra.artifacts import exists
 from infra.caching import content, earlier_result
@@ -95,7 +95,19 @@ def plan(recipe: Recipe) -> Plan:
 def obstacles(recipe: Recipe) -> list[str]:
     """Why this machine cannot run the recipe at all; empty when it can."""
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
-    return [reason for engine in engines.values() if (reason := engine.missing())] + source_obstacles(recipe)
+    missing = [reason for engine in engines.values() if (reason := engine.missing())]
+    return missing + _unmeasurable_budgets(recipe) + source_obstacles(recipe)
+
+
+def _unmeasurable_budgets(recipe: Recipe) -> list[str]:
+    """Budgets of time on engines that can be built here and not run."""
+    return [
+        f"{name}: `tpot_ms` is measured on {label(engine)}. {engine.cannot_run()} Set another budget."
+        for name, candidate in recipe.candidates.items()
+        if has_time_budget(candidate.quantization)
+        for engine in recipe.engines_of(candidate)
+        if not engine.missing() and not engine.executable
+    ]
 
 
 def notes(recipe: Recipe) -> list[str]:

@@ -20,6 +20,7 @@ from tasks.quantization import FromSource
 from tasks.quantization.mixed import Mixed
 from tasks.quantize import quantize, train_quantized
 from tasks.sensitivity import measure_sensitivity
+from tasks.tpot import measure_tpot
 from tasks.validate import measure_quality, measure_reference, measure_speed
 
 Run = Callable[..., StageResult]
@@ -105,7 +106,7 @@ def _compress(
             )
     if candidate.quantization:
         unquantized = checkpoint
-        method, scores = candidate.quantization, None
+        method, scores, times = candidate.quantization, None, None
         if not isinstance(method, FromSource) and isinstance(method.weights, Mixed):
             scores = run(
                 measure_sensitivity,
@@ -116,7 +117,22 @@ def _compress(
                 embedding_choices=method.weights.embedding_choices,
                 ignore=method.ignore,
             )
-        checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=method, scores=scores)
+            if method.weights.tpot_ms is not None:
+                assert recipe.validation.speed  # the recipe refuses the budget without it, and with more engines
+                (engine,) = recipe.engines_of(candidate)
+                times = run(
+                    measure_tpot,
+                    name,
+                    checkpoint=checkpoint,
+                    data=data,
+                    engine=engine,
+                    choices=method.weights.choices,
+                    tables=method.weights.embedding_choices or (method.embeddings,),
+                    ignore=method.ignore,
+                    kv_cache=method.kv_cache,
+                    options=recipe.validation.speed.model_copy(update={"batch_sizes": (1,)}),
+                )
+        checkpoint = run(quantize, name, checkpoint=checkpoint, data=data, method=method, scores=scores, times=times)
         if candidate.quantization_training:
             checkpoint = run(
                 train_quantized,

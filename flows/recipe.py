@@ -19,6 +19,7 @@ from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
 from tasks.pruning import PruningMethod
 from tasks.quantization import FromSource, QuantizationMethod, grids_of
+from tasks.quantization.mixed import Mixed
 from tasks.quantization.training import QuantizationTraining
 from tasks.validation import Limits, Quality, Speed, unmeasurable
 
@@ -125,6 +126,24 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
                     raise ValueError(f"candidate {name!r}: {problem}")
         return self
 
+    @model_validator(mode="after")
+    def _time_budgets_can_be_measured(self) -> "Recipe":
+        for name, candidate in self.candidates.items():
+            if not has_time_budget(candidate.quantization):
+                continue
+            engines = [label(engine) for engine in self.engines_of(candidate)]
+            if len(engines) > 1:
+                raise ValueError(
+                    f"candidate {name!r}: `tpot_ms` is a budget on one engine; got {len(engines)}: "
+                    f"{', '.join(engines)}. Name one in the candidate's `engines`, and write a candidate per engine."
+                )
+            if not self.validation.speed:
+                raise ValueError(
+                    f"candidate {name!r}: `tpot_ms` is measured as validation.speed says, and that is null. "
+                    "Give it, or set another budget."
+                )
+        return self
+
     def engines_of(self, candidate: Candidate) -> tuple[Engine, ...]:
         """The engines that `candidate` is compiled for."""
         return candidate.engines or self.engines
@@ -141,6 +160,13 @@ def misfit(method: QuantizationMethod | None, engine: Engine) -> str | None:
     if held or method is None or isinstance(method, FromSource):
         return held
     return engine.cannot_round(method.activations, method.kv_cache)
+
+
+def has_time_budget(method: QuantizationMethod | None) -> bool:
+    """Whether `method` chooses grids by the time they take on an engine."""
+    if method is None or isinstance(method, FromSource):
+        return False
+    return isinstance(method.weights, Mixed) and method.weights.tpot_ms is not None
 
 
 class RecipeError(ValueError):

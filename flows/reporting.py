@@ -24,7 +24,7 @@ from tasks.engines import label as label_of
 from tasks.pruning import Width
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
-from tasks.quantization.summary import QuantizationSummary, QuantizedLayer
+from tasks.quantization.summary import Choice, QuantizationSummary, QuantizedLayer
 from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import (
@@ -222,6 +222,9 @@ def _gave(result: StageResult) -> str:
         return (
             f"{value('num_parts'):.0f} parts; {found['most_sensitive']} minds most, KL {value('most_sensitive_kl'):.2g}"
         )
+    if "tables" in found:
+        times = [choice["tpot_ms"] for choice in (*found["blocks"], *found["tables"])]
+        return f"{min(times):.3g} to {max(times):.3g} ms per token on {found['engine']}"
     if "subjects" in found:
         return f"{len(found['subjects'])} subjects in {value('num_blocks'):.0f} interleaved blocks"
     words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"
@@ -272,12 +275,17 @@ def _quantized(records: list[StageRecord]) -> list[Quantized]:
             Quantized(
                 title=record.title,
                 bits_per_weight=summary.bits_per_weight,
-                choice=summary.mixed.layers if summary.mixed else "",
+                choice=_choice_words(summary.mixed) if summary.mixed else "",
                 layers=tuple(_layer(layer) for layer in summary.layers),
                 left_float=summary.left_float,
             ),
         )
     return list(found.values())
+
+
+def _choice_words(choice: Choice) -> str:
+    predicted = choice.predicted_tpot_ms
+    return choice.layers + (f", {predicted:.3g} ms per token predicted" if predicted is not None else "")
 
 
 def _layer(layer: QuantizedLayer) -> LayerFigures:

@@ -25,23 +25,25 @@ def quantize(
     data: StageResult,
     method: QuantizationMethod,
     scores: StageResult | None = None,
+    times: StageResult | None = None,
     *,
     parent: Parent,
     label: str = "",
 ) -> StageResult:
     """`checkpoint` with its weights quantized by `method`, on grids chosen by `scores` where it leaves a choice."""
-    inputs = {"checkpoint": checkpoint, "data": data, "method": method, "scores": scores}
+    inputs = {"checkpoint": checkpoint, "data": data, "method": method, "scores": scores, "times": times}
     key = stage_key("quantize", inputs, *DECIDES, None)
     return run_stage(
         "quantize",
         "tasks.quantization.apply:quantize_checkpoint",
         parent=parent,
-        inputs=[checkpoint, data, *([scores] if scores else [])],
+        inputs=[checkpoint, data, *(measured for measured in (scores, times) if measured)],
         arguments={
             "checkpoint": checkpoint.artifact.path,
             "data": data.artifact.path,
             "method": method,
             "scores": scores.artifact.path if scores else None,
+            "times": times.artifact.path if times else None,
         },
         params={"quantization": method},
         result=QuantizationSummary,

@@ -33,6 +33,7 @@ from tasks.quantization.sensitivity import measure_divergence, read_scores
 from tasks.quantization.smoothquant import smoothed
 from tasks.quantization.source_weights import SourceWeights
 from tasks.quantization.summary import Measured, QuantizationSummary, describe, measure, summarize, with_inputs
+from tasks.quantization.token_times import read_times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ def quantize_checkpoint(
     method: QuantizationMethod,
     out: Path,
     scores: Path | None = None,
+    times: Path | None = None,
     work_dir: Path | None = None,
     report: Report = silent,
 ) -> QuantizationSummary:
@@ -64,6 +66,7 @@ def quantize_checkpoint(
         out: empty directory; gets a compressed-tensors checkpoint (see `checkpoint_format.py`). Whatever is not
             quantized is float32.
         scores: what `measure_sensitivity` wrote for this checkpoint, where `method` leaves the choice of grids to it.
+        times: what `measure_tpot` wrote for this checkpoint, where the budget is one of time.
         work_dir: keeps finished blocks; a second call with the same arguments goes on after the last one and, on the
             same machine, ends with the very same bits. Round to nearest, a matter of seconds, begins again. None:
             nothing is kept.
@@ -79,7 +82,7 @@ def quantize_checkpoint(
     assert scores is not None  # the flow measures them first
     measured = read_scores(scores)
     if method.weights.max_kl is None:
-        allocation = allocate(measured, method.weights)
+        allocation = allocate(measured, method.weights, times=read_times(times) if times else None)
         summary = _quantize(checkpoint, data, method, allocation.grids, out, work_dir, report)
         return summary.model_copy(update={"mixed": describe(allocation)})
     return _within_divergence(checkpoint, data, method, measured, method.weights.max_kl, out, work_dir, report)

@@ -200,7 +200,10 @@ def _upper_factor_(hessian: "Tensor", dead: "Tensor", damping: float, layer: str
 
 def output_error(weight: "Tensor", quantized: "Tensor", hessian: "Tensor") -> float:
     """||(W - Q) X|| / ||W X||: the relative error of a layer's outputs on the tokens whose X X^T is `hessian`."""
-    difference = weight - quantized
-    before = float(((weight @ hessian) * weight).sum())
-    error = float(((difference @ hessian) * difference).sum())
+    before = error = 0.0
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        difference = weight[rows] - quantized[rows]
+        before += float(((weight[rows] @ hessian) * weight[rows]).sum())
+        error += float(((difference @ hessian) * difference).sum())
     return (max(error, 0.0) / before) ** 0.5 if before > 0 else 0.0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from tasks.quantization.ranges import Grid
+from tasks.quantization.token_times import TokenTimes, part_times
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -21,7 +22,7 @@ MIB_BITS = 8 * 2**20
 
 
 class Mixed(BaseModel, frozen=True, extra="forbid"):
-    """A grid for each part of the model, chosen by measured sensitivity; one of the three budgets."""
+    """A grid for each part of the model, chosen by measured sensitivity; one of the four budgets."""
 
     choices: tuple[Grid, ...] = Field(
         min_length=1, description="Grids for the linear layers; layers that read the same input share one."
@@ -39,13 +40,21 @@ class Mixed(BaseModel, frozen=True, extra="forbid"):
         description="KL divergence from the original, nats per token: the smallest model that stays below. It is "
         "measured after quantization; where it is exceeded, parts fall back to more bits.",
     )
+    tpot_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Milliseconds per output token at batch size 1, at most, on the one engine of the candidate: every "
+        "choice is measured on it, as validation.speed says, and an allocation's time is the sum of its parts'.",
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Mixed":
-        given = [name for name in ("bits_per_weight", "size_mib", "max_kl") if getattr(self, name) is not None]
+        given = [
+            name for name in ("bits_per_weight", "size_mib", "max_kl", "tpot_ms") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
             raise ValueError(
-                "mixed precision needs exactly one of bits_per_weight, size_mib and max_kl; "
+                "mixed precision needs exactly one of bits_per_weight, size_mib, max_kl and tpot_ms; "
                 f"got {' and '.join(given) or 'none'}."
             )
         if len(set(self.choices)) + len(set(self.embedding_choices)) < len(self.choices) + len(self.embedding_choices):
@@ -63,6 +72,8 @@ class Mixed(BaseModel, frozen=True, extra="forbid"):
         """The budget in words."""
         if self.bits_per_weight is not None:
             return f"{self.bits_per_weight:g} bits per weight"
+        if self.tpot_ms is not None:
+            return f"{self.tpot_ms:g} ms per token"
         return f"{self.size_mib:g} MiB" if self.size_mib is not None else f"KL at most {self.max_kl:g} nats"
 
 
@@ -99,15 +110,19 @@ class Allocation(BaseModel, frozen=True, extra="forbid"):
     bits_per_weight: float
     size_mib: float
     predicted_kl: float  # the sum of the parts' divergences
+    predicted_tpot_ms: float | None  # the sum of their times, where these were measured
 
 
-def allocate(scores: Sequence[Score], options: Mixed, *, max_kl: float | None = None) -> Allocation:
+def allocate(
+    scores: Sequence[Score], options: Mixed, *, max_kl: float | None = None, times: TokenTimes | None = None
+) -> Allocation:
     """The choice with the least divergence within the budget, or the smallest one within a limit of divergence.
 
     Args:
         scores: of every part on every one of its choices.
         options: the budget.
         max_kl: stands in for `options.max_kl`.
+        times: of the choices on the engine; needed by `options.tpot_ms`.
 
     Raises:
         ValueError: even the smallest choice exceeds the budget, or the best one the limit.
@@ -125,6 +140,7 @@ def allocate(scores: Sequence[Score], options: Mixed, *, max_kl: float | None = 
     for row, indices in enumerate(parts.values()):
         one_each[row, indices] = 1
 
+    milliseconds = part_times(scores, times) if times else None
     limit = max_kl or options.max_kl
     if limit is not None:
         reachable = sum(min(kl[indices]) for indices in parts.values())
@@ -135,6 +151,17 @@ def allocate(scores: Sequence[Score], options: Mixed, *, max_kl: float | None = 
                 "Offer choices with more bits, or raise max_kl."
             )
         goal, bounded, most = size / num_weights, kl, limit
+    elif options.tpot_ms is not None:
+        assert times is not None  # the flow measures them first
+        assert milliseconds is not None
+        reachable = sum(min(milliseconds[indices]) for indices in parts.values())
+        if reachable > options.tpot_ms:
+            raise ValueError(
+                f"The fastest of the choices comes to {reachable:.4g} ms per token on {times.engine} "
+                f"({times.threads} threads); tpot_ms is {options.tpot_ms:g}. "
+                "Offer choices that this engine multiplies faster, or raise the budget."
+            )
+        goal, bounded, most = kl, milliseconds, options.tpot_ms
     else:
         most = (
             options.size_mib * MIB_BITS
@@ -166,6 +193,7 @@ def allocate(scores: Sequence[Score], options: Mixed, *, max_kl: float | None = 
         bits_per_weight=total / num_weights,
         size_mib=total / MIB_BITS,
         predicted_kl=float(kl[chosen].sum()),
+        predicted_tpot_ms=None if milliseconds is None else float(milliseconds[chosen].sum()),
     )
 
 

@@ -28,6 +28,8 @@ NORM, BETA, GROWTH, ITERATIONS = 0.7, 10.0, 1.01, 20
 """p, the first beta and its factor in every step of the half-quadratic splitting: those of HQQ's code."""
 ROWS_PER_SEARCH = 2048
 """Rows searched at once, so that an embedding's search needs no more memory than a layer's."""
+WEIGHTS_AT_ONCE = 2**17
+"""Rounded at once in a search: what is made of these stays in a core's cache."""
 
 
 class Grid(BaseModel, frozen=True, extra="forbid"):
@@ -190,18 +192,23 @@ def _least_error(
     import torch
 
     middle = (minimum + maximum) / 2 if options.zero_point == "real" else torch.zeros_like(minimum)
+    num_rows = max(1, WEIGHTS_AT_ONCE // groups[0].numel())
+    pieces = [slice(start, start + num_rows) for start in range(0, len(groups), num_rows)]
     best_low, best_high = minimum, maximum
     least = torch.full_like(minimum, torch.inf)
+    error = torch.empty_like(minimum)
     for percent in range(100, round(100 * NARROWEST) - 1, -1):
         low, high = (middle + percent / 100 * (end - middle) for end in (minimum, maximum))
         if percent == 100:
             low, high = minimum, maximum  # to the last bit
         affine = covering(low, high, options).expanded()
-        difference = affine.dequantize(affine.quantize(groups)) - groups
-        if importance is None:
-            error = difference.abs_().pow_(EXPONENT).sum(dim=2)
-        else:
-            error = (difference.square_() * importance).sum(dim=2)
+        for rows in pieces:
+            part = affine.each(itemgetter(rows))
+            difference = part.dequantize(part.quantize(groups[rows])).sub_(groups[rows])
+            if importance is None:
+                error[rows] = difference.abs_().pow_(EXPONENT).sum(dim=2)
+            else:
+                error[rows] = difference.square_().mul_(importance).sum(dim=2)
         better = error < least
         least = torch.where(better, error, least)
         best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)

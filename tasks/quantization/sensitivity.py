@@ -4,19 +4,26 @@ A part is what gets one grid: the linear layers of a block that read the same in
 the embedding with a tied LM head. It alone is rounded to nearest; the divergence is KL(original || changed) of the next
 token, averaged over positions of calibration text. The figures are kept, so that other budgets are tried without
 measuring again.
+
+A work directory holds arguments.json, what it is for, and the scores of the tables and of every finished block. What
+finished blocks hand on is computed again, by running each once.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from tasks.calibration.architectures import Architecture, architecture, matching
 from tasks.calibration.checkpoints import load_model
 from tasks.calibration.progress import Report, silent
+from tasks.calibration.tensor_files import move_whole
 from tasks.calibration.tokens import calibration_batches
+from tasks.calibration.work_directory import claim, digest, digests
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
 from tasks.quantization.mixed import Score, size_bits
 from tasks.quantization.ranges import Grid
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCORES = "scores.json"
+TABLES = "tables.json"
+_SCORES = TypeAdapter(list[Score])
 NUM_SEQUENCES = 4
 LENGTH = 128
 EVERY = 4
@@ -42,6 +51,7 @@ class SensitivitySummary(BaseModel, frozen=True):
     most_sensitive_kl: float
     total_kl_coarsest: float  # nats per token, all parts on their smallest grids
     total_kl_finest: float
+    resumed_from_block: int | None  # the first that this run measured, going on after an interruption
 
 
 def measure_sensitivity(
@@ -52,6 +62,7 @@ def measure_sensitivity(
     embedding_choices: tuple[Grid, ...],
     ignore: tuple[str, ...],
     out: Path,
+    work_dir: Path | None = None,
     report: Report = silent,
 ) -> SensitivitySummary:
     """Measure every part on every choice, and write the scores to `out`/scores.json.
@@ -63,19 +74,26 @@ def measure_sensitivity(
         embedding_choices: grids for the embedding and the LM head.
         ignore: layers that will be left alone.
         out: receives the scores.
-        report: told after every part.
+        work_dir: keeps the scores of finished blocks; a second call with the same arguments goes on after the last one
+            and, on the same machine, ends with the very same scores. None: nothing is kept.
+        report: told after every block.
 
     Raises:
-        ValueError: a group size does not divide a layer, or `ignore` leaves nothing.
+        ValueError: a group size does not divide a layer, or `ignore` leaves nothing; `work_dir` is that of other
+            arguments.
     """
     model = load_model(checkpoint)
     family = architecture(model.config.model_type)
     ids = _tokens(data, model)
-    scores = list(_scores(model, family, ids, choices, embedding_choices, ignore, report))
+    with TemporaryDirectory(dir=out) as temporary:
+        work = work_dir or Path(temporary)
+        content = {"checkpoint": digests(checkpoint), "calibration": digest(data / "calibration.npy")}
+        options = {"choices": choices, "embedding_choices": embedding_choices, "ignore": ignore}
+        claim(work, {**content, **to_jsonable_python(options)})
+        scores, first = _scores(model, family, ids, choices, embedding_choices, ignore, work, report)
     if not scores:
         raise ValueError(f"At least one layer must be quantized; `ignore` ({', '.join(ignore)}) leaves none.")
-    content = [score.model_dump(mode="json") for score in scores]
-    (out / SCORES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _write(out / SCORES, scores)
     parts: dict[tuple[str, ...], list[Score]] = {}
     for score in scores:
         parts.setdefault(score.layers, []).append(score)
@@ -89,12 +107,13 @@ def measure_sensitivity(
         most_sensitive_kl=worst.kl,
         total_kl_coarsest=sum(score.kl for score in coarsest),
         total_kl_finest=sum(score.kl for score in finest),
+        resumed_from_block=first or None,
     )
 
 
 def read_scores(directory: Path) -> list[Score]:
     """What `measure_sensitivity` wrote."""
-    return TypeAdapter(list[Score]).validate_json((directory / SCORES).read_text(encoding="utf-8"))
+    return _read(directory / SCORES)
 
 
 def measure_divergence(checkpoint: Path, quantized: Path, data: Path) -> float:
@@ -115,6 +134,17 @@ def measure_divergence(checkpoint: Path, quantized: Path, data: Path) -> float:
     return _divergence(original, RestOfModel(model, family, ids).log_probabilities(EVERY))
 
 
+def _write(file: Path, scores: list[Score]) -> None:
+    partial = file.with_suffix(".partial")
+    content = [score.model_dump(mode="json") for score in scores]
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    move_whole(partial, file)
+
+
+def _read(file: Path) -> list[Score]:
+    return _SCORES.validate_json(file.read_text(encoding="utf-8"))
+
+
 def _tokens(data: Path, model: "PreTrainedModel") -> "Tensor":
     import torch
 
@@ -133,8 +163,10 @@ def _scores(
     choices: tuple[Grid, ...],
     embedding_choices: tuple[Grid, ...],
     ignore: tuple[str, ...],
+    work: Path,
     report: Report,
-) -> Iterable[Score]:
+) -> tuple[list[Score], int]:
+    """Every part on every one of its choices, and the first block that an earlier call has not left in `work`."""
     import torch
 
     from tasks.calibration.layerwise import RestOfModel
@@ -142,27 +174,32 @@ def _scores(
     num_blocks = len(model.get_submodule(family.blocks))
     layers = [*family.all_linears(num_blocks), family.embedding]
     ignored = set(matching(layers, ignore))
+    tied = model.config.tie_word_embeddings
+    tables = (family.embedding,) if tied else (family.embedding, family.lm_head)
+    files = [work / f"block-{index}.json" for index in range(num_blocks)]
+    first = next((index for index, file in enumerate(files) if not file.exists()), num_blocks)
     with torch.no_grad():
         rest = RestOfModel(model, family, ids)
         original = rest.log_probabilities(EVERY)
-        if embedding_choices and family.embedding not in ignored:
-            tied = model.config.tie_word_embeddings
-            tables = (family.embedding,) if tied else (family.embedding, family.lm_head)
 
-            def restarted() -> "Tensor":
-                return RestOfModel(model, family, ids).log_probabilities(EVERY)
+        def restarted() -> "Tensor":
+            return RestOfModel(model, family, ids).log_probabilities(EVERY)
 
-            for grid in embedding_choices:
-                yield _score(model, tables, grid, original, restarted)
-        for index in range(num_blocks):
-            for step in family.steps:
-                part = tuple(
-                    name for name in (f"{family.block(index)}.{linear}" for linear in step) if name not in ignored
-                )
-                for grid in choices if part else ():
-                    yield _score(model, part, grid, original, lambda: rest.log_probabilities(EVERY))
+        def advanced() -> "Tensor":
+            return rest.log_probabilities(EVERY)
+
+        if not (work / TABLES).exists():
+            grids = embedding_choices if family.embedding not in ignored else ()
+            _write(work / TABLES, [_score(model, tables, grid, original, restarted) for grid in grids])
+        for index, file in enumerate(files):
+            if index >= first:
+                steps = [[f"{family.block(index)}.{linear}" for linear in step] for step in family.steps]
+                parts = [tuple(name for name in step if name not in ignored) for step in steps]
+                pairs = [(part, grid) for part in parts if part for grid in choices]
+                _write(file, [_score(model, part, grid, original, advanced) for part, grid in pairs])
+                report(index + 1, num_blocks, {})
             rest.advance()
-            report(index + 1, num_blocks, {})
+    return [score for file in (work / TABLES, *files) for score in _read(file)], first
 
 
 def _score(

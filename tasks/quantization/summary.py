@@ -45,6 +45,7 @@ class Choice(BaseModel, frozen=True):
     layers: str  # how many on which grid
     bits_per_weight: float  # of all weights it chose for
     predicted_kl: float  # nats per token; the sum over the parts, each rounded to nearest alone
+    predicted_tpot_ms: float | None  # where the budget was one of time
     measured_kl: float | None  # of the whole model on the same tokens, where the budget was one of divergence
     num_attempts: int
 
@@ -175,6 +176,7 @@ def describe(allocation: Allocation, *, measured_kl: float | None = None, num_at
         layers=counts(allocation.grids),
         bits_per_weight=allocation.bits_per_weight,
         predicted_kl=allocation.predicted_kl,
+        predicted_tpot_ms=allocation.predicted_tpot_ms,
         measured_kl=measured_kl,
         num_attempts=num_attempts,
     )

@@ -74,6 +74,28 @@ def test_an_engine_that_is_only_built_here_is_said(monkeypatch):
     assert notes(told) == ["tensorrt-float16: built, but not run here. There is no GPU."]
 
 
+def test_a_budget_of_time_on_an_engine_that_cannot_run_here_is_an_obstacle(monkeypatch):
+    from tasks.engines.tensorrt import TensorRT
+
+    monkeypatch.setattr(TensorRT, "missing", lambda self: None)
+    monkeypatch.setattr(TensorRT, "cannot_run", lambda self: "There is no GPU.")
+    monkeypatch.setattr(TensorRT, "executable", False)
+    weights = {"choices": [{"bits": 4, "group_size": 128}, {"bits": 8}], "tpot_ms": 20}
+    engines = [{"engine": "tensorrt", "precision": "float16"}]
+    timed = recipe({"quantization": {"method": "rtn", "weights": weights}, "engines": engines}, speed={})
+    (reason,) = check._unmeasurable_budgets(timed)
+    assert reason == "one: `tpot_ms` is measured on tensorrt-float16. There is no GPU. Set another budget."
+    assert reason in check.obstacles(timed)
+
+
+def test_a_budget_of_time_measures_the_engine_before_quantization(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(check, "earlier_result", lambda task, arguments: None)
+    weights = {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "tpot_ms": 20}
+    content = recipe({"quantization": {"method": "rtn", "weights": weights}}, speed={}).model_dump(mode="json")
+    titles = [step.title for step in check.plan(parse({**content, "source": str(tiny_checkpoint)})).steps]
+    assert titles.index("one measure-tpot") == titles.index("one quantize") - 1
+
+
 def test_a_stage_that_candidates_share_is_planned_once(tiny_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(check, "earlier_result", lambda task, arguments: None)
     student = {"distillation": {"student": {"layers": 2}, "training": {"max_steps": 1}}}

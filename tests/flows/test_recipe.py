@@ -88,6 +88,30 @@ def test_a_full_range_without_symmetry_is_refused():
     assert "an asymmetric grid uses all integers anyway; drop `full_range`" in text
 
 
+TIMED = {
+    "method": "rtn",
+    "weights": {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "tpot_ms": 20},
+}
+
+
+def test_a_budget_of_time_on_several_engines_is_refused():
+    engines = [*GOOD["engines"], {"engine": "openvino", "precision": "float32"}]
+    content = changed(candidates={"a": {"quantization": TIMED}}, engines=engines)
+    assert "candidate 'a': `tpot_ms` is a budget on one engine; got 2: onnxruntime, openvino. Name" in refusal(content)
+    parse(changed(candidates={"a": {"quantization": TIMED, "engines": GOOD["engines"]}}, engines=engines))
+
+
+def test_a_budget_of_time_needs_measured_speed():
+    content = changed(candidates={"a": {"quantization": TIMED}}, validation={"speed": None})
+    assert "`tpot_ms` is measured as validation.speed says, and that is null" in refusal(content)
+
+
+def test_a_choice_that_the_engine_of_a_budget_of_time_cannot_hold_is_refused():
+    choices = [{"bits": 4, "group_size": 24}, {"bits": 8}]
+    quantization = {**TIMED, "weights": {"choices": choices, "tpot_ms": 20}}
+    assert "groups divisible by 16; got 24" in refusal(changed(candidates={"a": {"quantization": quantization}}))
+
+
 def test_recovery_without_pruning_is_refused():
     text = refusal(changed(candidates={"a": {"recovery": {"training": {"max_steps": 3}}}}))
     assert "`recovery` trains a pruned model" in text

@@ -122,8 +122,10 @@ def main() -> None:
             failed.append(f"the environment of {tool}")
             continue
         script = HERE / SCRIPTS[tool]
-        names = subprocess.run([python, script], check=True, capture_output=True, text=True, env=environ).stdout.split()
-        for name in names:
+        lines = subprocess.run([python, script], check=True, capture_output=True, text=True, env=environ).stdout
+        for name in lines.splitlines():
+            if " " in name:  # LLM Compressor logs to the standard output when it is imported
+                continue
             wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)
             if not wanted or (contenders / name / "contender.json").exists():
                 continue

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from tasks.quantization import Gptq, Grid, RoundToNearest
 from tasks.quantization.mixed import Mixed, Score, allocate, counts, possible_grids, size_bits
 from tasks.quantization.rtn import round_to_nearest
+from tasks.quantization.token_times import TimedChoice, TokenTimes, part_times
 
 INT3, INT4, INT8 = Grid(bits=3, group_size=16), Grid(bits=4, group_size=16), Grid()
 
@@ -71,6 +72,70 @@ def test_a_size_budget_is_the_same_as_its_bits():
     assert again.predicted_kl == pytest.approx(by_bits.predicted_kl)
 
 
+def token_times(*, blocks, tables):
+    """Times of `blocks` and `tables` by grid, with an embedding called p0."""
+    return TokenTimes(
+        engine="onnxruntime",
+        blocks=tuple(TimedChoice(grid=grid, tpot_ms=ms) for grid, ms in blocks.items()),
+        tables=tuple(TimedChoice(grid=grid, tpot_ms=ms) for grid, ms in tables.items()),
+        embedding="p0",
+        prompt_tokens=8,
+        new_tokens=8,
+        num_blocks=3,
+        threads=2,
+        versions={},
+        processor="",
+        notes=[],
+    )
+
+
+TIMES = token_times(blocks={INT3: 10.0, INT4: 9.0, INT8: 14.0}, tables={INT3: 10.0, INT4: 11.5, INT8: 13.0})
+
+
+def tpot_ms(choice):
+    """The definition: that of the first choices, and each part's share of what its kind gains or loses."""
+    total = 10.0
+    num_block_weights = sum(s.num_weights for s in choice[1:])
+    for part in choice:
+        kind, whole = (TIMES.tables, part.num_weights) if part.layers == ("p0",) else (TIMES.blocks, num_block_weights)
+        (measured,) = (timed.tpot_ms for timed in kind if timed.grid == part.grid)
+        total += part.num_weights / whole * (measured - 10.0)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [9.1, 11.3, 14.0])
+def test_no_choice_within_the_time_diverges_less(seed, budget):
+    scores = random_scores(6, seed)
+    found = allocate(scores, Mixed(choices=(INT3, INT4, INT8), tpot_ms=budget), times=TIMES)
+    within = [choice for choice in every_choice(scores) if tpot_ms(choice) <= budget]
+    assert 0 < len(within) < 3**6
+    assert found.predicted_tpot_ms <= budget * (1 + 1e-6)
+    assert found.predicted_kl == pytest.approx(min(sum(s.kl for s in choice) for choice in within), rel=1e-3)
+    (chosen,) = (c for c in within if all(found.grids[s.layers[0]] == s.grid for s in c))
+    assert found.predicted_tpot_ms == pytest.approx(tpot_ms(chosen))
+
+
+def test_parts_that_are_all_on_one_choice_take_what_was_measured():
+    scores = random_scores(6, 0)
+    milliseconds = part_times(scores, TIMES)
+    for place, measured in enumerate((10.0, 9.0, 14.0)):
+        assert milliseconds[[0, *range(3 + place, len(scores), 3)]].sum() == pytest.approx(measured)
+    for place, measured in enumerate((10.0, 11.5, 13.0)):
+        assert milliseconds[[place, *range(3, len(scores), 3)]].sum() == pytest.approx(measured)
+
+
+def test_time_is_predicted_for_other_budgets_where_it_was_measured():
+    scores, options = random_scores(6, 0), Mixed(choices=(INT3, INT4, INT8), bits_per_weight=4.001)
+    assert allocate(scores, options).predicted_tpot_ms is None
+    assert allocate(scores, options, times=TIMES).predicted_tpot_ms == pytest.approx(10.0)
+
+
+def test_a_time_that_no_choice_keeps_is_refused_with_the_fastest():
+    with pytest.raises(ValueError, match=r"comes to 9 ms per token on onnxruntime \(2 threads\); tpot_ms is 8\.5"):
+        allocate(random_scores(6, 0), Mixed(choices=(INT3, INT4, INT8), tpot_ms=8.5), times=TIMES)
+
+
 def test_a_budget_below_the_smallest_choice_is_refused_with_both():
     with pytest.raises(ValueError, match=r"comes to 4 bits per weight .* the budget is 3\.5 "):
         allocate(random_scores(3, 0), Mixed(choices=(INT3, INT4), bits_per_weight=3.5))
@@ -98,7 +163,7 @@ def test_sizes_are_those_of_the_quantized_weight(grid):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"choices": [{}, {"bits": 4}]}, "exactly one of bits_per_weight, size_mib and max_kl; got none"),
+        ({"choices": [{}, {"bits": 4}]}, "size_mib, max_kl and tpot_ms; got none"),
         ({"choices": [{}, {"bits": 4}], "bits_per_weight": 5, "max_kl": 1}, "got bits_per_weight and max_kl"),
         ({"choices": [{}, {}], "bits_per_weight": 5}, "one is listed twice"),
         ({"choices": [{}], "bits_per_weight": 5}, "at least two choices"),

@@ -43,6 +43,38 @@ def test_a_narrowed_range_is_the_best_of_all_that_are_tried(bits, kind):
         assert got == pytest.approx(min(tried.values()), rel=1e-4)
 
 
+@pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen"])
+@pytest.mark.parametrize(("symmetric", "zero_point"), [(True, "integer"), (False, "integer"), (False, "real")])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_a_search_in_pieces_finds_the_same_bits_as_one_of_all_weights(
+    symmetric, zero_point, group_size, seen, monkeypatch
+):
+    torch.manual_seed(0)
+    weight, importance = torch.randn(37, 48) ** 3, torch.rand(48) if seen else None
+    grid = Grid(bits=3, symmetric=symmetric, group_size=group_size, zero_point=zero_point, range="mse")
+    groups = weight.reshape(37, -1, group_size or 48)
+    low, high = groups.aminmax(dim=2)
+    middle = (low + high) / 2 if zero_point == "real" else torch.zeros_like(low)
+    tried, errors = [(low, high)], []
+    tried += [tuple(middle + p / 100 * (end - middle) for end in (low, high)) for p in range(99, 79, -1)]
+    for ends in tried:
+        affine = covering(*ends, grid).expanded()
+        difference = (affine.dequantize(affine.quantize(groups)) - groups).abs()
+        weighed = difference.pow(2.4) if not seen else difference.square() * importance.reshape(groups.shape[1:])
+        errors.append(weighed.sum(dim=2))
+    best = torch.stack(errors).argmin(dim=0, keepdim=True)
+    expected = covering(*(torch.stack(ends).gather(0, best)[0] for ends in zip(*tried, strict=True)), grid)
+    assert best.max() > 0
+    for num_weights in (1, 5 * 48, 2**17):
+        monkeypatch.setattr("tasks.quantization.ranges.WEIGHTS_AT_ONCE", num_weights)
+        found = fit(weight, grid, "layer", importance)
+        assert torch.equal(found.scale, expected.scale)
+        for part in ("zero_point", "offset"):
+            assert getattr(found, part) is getattr(expected, part) is None or torch.equal(
+                getattr(found, part), getattr(expected, part)
+            )
+
+
 def test_large_inputs_decide_the_range():
     """Two outliers, one on an input that is always zero: only the other's range is kept."""
     weight = torch.tensor([[8.0] + [0.9, -1.1, 0.7] * 5, [8.0] + [0.9, -1.1, 0.7] * 5])

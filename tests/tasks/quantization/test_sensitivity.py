@@ -1,11 +1,14 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from infra.isolation import StageCrashed, run_isolated
 from tasks.calibration.checkpoints import load_model
 from tasks.quantization import Grid
 from tasks.quantization.rtn import round_to_nearest
-from tasks.quantization.sensitivity import EVERY, measure_sensitivity, read_scores
+from tasks.quantization.sensitivity import EVERY, SensitivitySummary, measure_sensitivity, read_scores
 
 CHOICES = (Grid(bits=2, group_size=16), Grid(bits=4, group_size=16), Grid())
 TOKENS = np.random.default_rng(0).integers(0, 512, (4, 32)).astype(np.int32)
@@ -64,3 +67,78 @@ def test_ignored_layers_are_no_part(tiny_checkpoint, data, tmp_path):
 def test_nothing_left_is_refused(tiny_checkpoint, data, tmp_path):
     with pytest.raises(ValueError, match=r"`ignore` \(model\.layers\.\*\) leaves none"):
         measured(tiny_checkpoint, data, tmp_path, ignore=("model.layers.*",))
+
+
+STAGE = """
+import os, signal
+from pathlib import Path
+import tasks.quantization.sensitivity as sensitivity
+from tasks.quantization import Grid
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(*, moment: str, checkpoint: Path, data: Path, choices: tuple[Grid, ...], embedding_choices: tuple[Grid, ...],
+          ignore: tuple[str, ...], out: Path, work_dir: Path, report=None) -> None:
+    if moment == "in a block":
+        count, real = iter(range(1000)), sensitivity.round_to_nearest
+        sensitivity.round_to_nearest = lambda *a: die() if next(count) == 2 + 7 * 3 * 2 + 5 else real(*a)
+    if moment == "while scores are written":
+        real = sensitivity.move_whole
+        sensitivity.move_whole = lambda a, b: die() if b.name == "block-1.json" else real(a, b)
+    options = {"choices": choices, "embedding_choices": embedding_choices, "ignore": ignore}
+    sensitivity.measure_sensitivity(checkpoint=checkpoint, data=data, out=out, work_dir=work_dir, **options)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "finished"), [("in a block", 2), ("while scores are written", 1)])
+def test_a_killed_stage_goes_on_after_its_last_block_and_ends_with_the_same_scores(
+    tiny_checkpoint, data, tmp_path, monkeypatch, moment, finished
+):
+    (tmp_path / "dying_stage.py").write_text(STAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    stage = partial(run_isolated, log_path=tmp_path / "log")
+    options = {"choices": CHOICES, "embedding_choices": CHOICES[1:], "ignore": ()}
+    arguments = {"checkpoint": tiny_checkpoint, "data": data, **options}
+
+    def run(name, work, on_progress=None):
+        (tmp_path / name).mkdir()
+        each = {**arguments, "out": tmp_path / name, "work_dir": tmp_path / work}
+        done, _ = stage(
+            "tasks.quantization.sensitivity:measure_sensitivity",
+            each,
+            result=SensitivitySummary,
+            on_progress=on_progress,
+        )
+        return done
+
+    whole = run("whole", "calm")
+    assert whole.resumed_from_block is None
+    (tmp_path / "lost").mkdir()
+    killed = {**arguments, "moment": moment, "out": tmp_path / "lost", "work_dir": tmp_path / "killed"}
+    with pytest.raises(StageCrashed, match="SIGKILL"):
+        stage("dying_stage:dying", killed, result=type(None))
+    assert len(list((tmp_path / "killed").glob("block-*.json"))) == finished
+
+    blocks = []
+    resumed = run("resumed", "killed", lambda step, total, _: blocks.append(step))
+    assert blocks == list(range(finished + 1, 5))
+    assert resumed == whole.model_copy(update={"resumed_from_block": finished})
+    assert (tmp_path / "resumed" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
+
+
+def test_what_was_measured_is_not_measured_again(tiny_checkpoint, data, tmp_path, monkeypatch):
+    _, first = measured(tiny_checkpoint, data, tmp_path, work_dir=tmp_path / "work", embedding_choices=CHOICES[1:])
+    monkeypatch.setattr("tasks.quantization.sensitivity.round_to_nearest", None)
+    summary, second = measured(
+        tiny_checkpoint, data, tmp_path, work_dir=tmp_path / "work", embedding_choices=CHOICES[1:]
+    )
+    assert first == second
+    assert summary.resumed_from_block == 4
+
+
+def test_a_work_directory_of_other_arguments_is_refused(tiny_checkpoint, data, tmp_path):
+    measured(tiny_checkpoint, data, tmp_path, work_dir=tmp_path / "work")
+    with pytest.raises(ValueError, match="holds the work of one with other choices, ignore"):
+        measured(tiny_checkpoint, data, tmp_path, work_dir=tmp_path / "work", choices=CHOICES[1:], ignore=("*.q_proj",))
