@@ -17,7 +17,7 @@ from tasks.calibration.tensor_files import Tensors, TensorWriter
 from tasks.calibration.tokens import calibration_batches
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.activations import Activations, Format, Inputs
-from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
+from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks, refuse_not_finite
 from tasks.quantization.checkpoint_format import (
     Scheme,
     linear_scheme,
@@ -195,7 +195,7 @@ def _write_the_rest(
         values = tensors.copy(name)
         target = planned.targets.get(module) if name.endswith(".weight") else None
         if target is None:
-            _refuse_not_finite(values, name)
+            refuse_not_finite(values, name)
             writer.add({name: values.numpy()})
             report(step, len(planned.names), {})
             continue
@@ -262,11 +262,3 @@ def _smooth(
     if not (options and options.smooth):
         return nullcontext(checkpoint)
     return smoothed(checkpoint, batches, family, linears, options.smooth, scratch, report)
-
-
-def _refuse_not_finite(values: "Tensor", name: str) -> None:
-    if not values.isfinite().all():
-        raise ValueError(
-            f"Weights must be finite; {name} holds NaN or infinite values. "
-            "The checkpoint is damaged or its training diverged: use another."
-        )

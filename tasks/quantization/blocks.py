@@ -157,6 +157,8 @@ def _inputs_of_head(
 
     norm = model.get_submodule(family.final_norm)
     norm.load_state_dict({key: tensors.copy(f"{family.final_norm}.{key}") for key in norm.state_dict()}, assign=True)
+    for key, values in norm.state_dict().items():
+        refuse_not_finite(values, f"{family.final_norm}.{key}")
     found = InputGram(model.config.hidden_size)
     with torch.no_grad():
         for hidden in residence.hidden():
@@ -220,6 +222,15 @@ class _Block:
         figures = json.dumps(_MEASURED.dump_python(self._measured, mode="json"))
         save_whole(file, self.tensors, {"measured": figures})
         self.tensors, self._measured = {}, []
+
+
+def refuse_not_finite(values: "Tensor", name: str) -> None:
+    """Raise ValueError, with the tensor's name, where it holds NaN or infinite values."""
+    if not values.isfinite().all():
+        raise ValueError(
+            f"Weights must be finite; {name} holds NaN or infinite values. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )
 
 
 def _too_few(num_tokens: int, widths: Mapping[str, int]) -> list[str]:
