@@ -269,9 +269,7 @@ def test_tensorrt_refuses_negative_scales_of_8_bits(tmp_path: Path, source: Call
     pytest.importorskip("tensorrt_rtx")
     out, _ = carried(source({"model.embed_tokens.weight": "Q8_0", "*": "Q5_0"}), tmp_path)
     engine = TensorRT(precision="float16", max_length=64, max_prompt=32)
-    with pytest.raises(
-        ValueError, match=r"positive scales only; layer 0's q has scales down to -0\.\d+, as `full_range` and GGUF's Q5_0"
-    ):
+    with pytest.raises(ValueError, match=r"layer 0's q has scales down to -0\.\d+, as `full_range` and GGUF's Q5_0"):
         engine.compile(out, tmp_path)
 
 
