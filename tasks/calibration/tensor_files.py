@@ -98,6 +98,16 @@ class Tensors:
         return found.float()
 
 
+def refuse_not_finite(values: "Tensor", name: str) -> None:
+    """Raise ValueError, with the name and how many, where a checkpoint's weights hold NaN or infinite values."""
+    num_bad = values.numel() - int(values.isfinite().sum())
+    if num_bad:
+        raise ValueError(
+            f"Weights must be finite; {num_bad} of {values.numel()} weights of {name} are NaN or infinite. "
+            "The checkpoint is damaged or its training diverged: use another."
+        )
+
+
 def _open(file: Path) -> Any:
     import safetensors
 

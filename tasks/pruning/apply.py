@@ -10,12 +10,12 @@ from pydantic import BaseModel
 from tasks.calibration.architectures import architecture
 from tasks.calibration.checkpoints import load_model, save_model
 from tasks.calibration.progress import Report, silent
+from tasks.calibration.tensor_files import refuse_not_finite
 from tasks.calibration.tokens import calibration_batches
 from tasks.pruning import PruningMethod
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def prune_checkpoint(
         raise ValueError("At least one layer must be pruned; `ignore` leaves none.")
     batches = calibration_batches(data, int(config["vocab_size"]), BATCH_SIZE)
     model = load_model(checkpoint)
-    _refuse_not_finite(model)
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(parameter, name)
     all_linears = family.all_linears(num_layers)
     before = {name: _count(model.get_submodule(name)) for name in all_linears}
     num_parameters_before = sum(parameter.numel() for parameter in model.parameters())
@@ -120,12 +121,3 @@ def _count(linear: "nn.Linear") -> tuple[int, int]:
 
 def _size_bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-
-
-def _refuse_not_finite(model: "PreTrainedModel") -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(
-                f"Weights must be finite; {name} holds NaN or infinite values. "
-                "The checkpoint is damaged or its training diverged: use another."
-            )

@@ -10,14 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tasks.calibration.architectures import Architecture, architecture
+from tasks.calibration.architectures import Architecture
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.calibration.progress import Report, silent
-from tasks.calibration.tensor_files import Tensors, TensorWriter
+from tasks.calibration.tensor_files import Tensors, TensorWriter, refuse_not_finite
 from tasks.calibration.tokens import calibration_batches
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.activations import Activations, Format, Inputs
-from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks, refuse_not_finite
+from tasks.quantization.blocks import BATCH_SIZE, quantize_blocks
 from tasks.quantization.checkpoint_format import (
     Scheme,
     linear_scheme,
@@ -28,7 +28,7 @@ from tasks.quantization.checkpoint_format import (
 )
 from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
-from tasks.quantization.plan import Plan, plan, read_config
+from tasks.quantization.plan import Plan, plan
 from tasks.quantization.sensitivity import measure_divergence, read_scores
 from tasks.quantization.smoothquant import smoothed
 from tasks.quantization.source_weights import SourceWeights
@@ -132,28 +132,27 @@ def _quantize(
 ) -> QuantizationSummary:
     """See `quantize_checkpoint`; `chosen` are the grids of the layers that mixed precision chose for."""
     activations, kv_cache = (None, None) if isinstance(method, FromSource) else (method.activations, method.kv_cache)
-    config = read_config(checkpoint)
-    family = architecture(config["model_type"])
-    linears = family.all_linears(int(config[family.num_layers_option]))
-    batches = _activation_batches(activations, kv_cache, data, int(config["vocab_size"]))
     measured: dict[str, Measured] = {}
     walk = None
-    with (
-        _kept(work_dir, out) as work,
-        _smooth(checkpoint, activations, family, linears, batches, out, report) as read_from,
-        Tensors(read_from) as tensors,
-        SourceWeights(checkpoint) as source,
-        TensorWriter(out) as writer,
-    ):
-        planned = plan(checkpoint, tensors, source, method, chosen)
+    with SourceWeights(checkpoint) as source:
+        planned = plan(checkpoint, source, method, chosen)
+        family, linears = planned.family, planned.linears
         inputs = kinds_of_inputs(activations, linears, [module for module in linears if planned.targets[module]])
-        if isinstance(method, Gptq):
-            grids = {name: grid for name in linears if isinstance(grid := planned.targets[name], Grid)}
-            walk = quantize_blocks(read_from, tensors, data, family, method, grids, inputs, planned.head, work, report)
-            for file in walk.files:
-                writer.add_file(file)
-            measured |= {each.layer.name: each for each in walk.measured}
-        measured |= _write_the_rest(planned, method, tensors, source, inputs, measured, writer, report)
+        batches = _activation_batches(activations, kv_cache, data, int(planned.config["vocab_size"]))
+        with (
+            _kept(work_dir, out) as work,
+            _smooth(checkpoint, activations, family, linears, batches, out, report) as read_from,
+            Tensors(read_from) as tensors,
+            TensorWriter(out) as writer,
+        ):
+            if isinstance(method, Gptq):
+                grids = {name: grid for name in linears if isinstance(grid := planned.targets[name], Grid)}
+                head = planned.head
+                walk = quantize_blocks(read_from, tensors, data, family, method, grids, inputs, head, work, report)
+                for file in walk.files:
+                    writer.add_file(file)
+                measured |= {each.layer.name: each for each in walk.measured}
+            measured |= _write_the_rest(planned, method, tensors, source, inputs, measured, writer, report)
     copy_tokenizer(checkpoint, out)
     if (checkpoint / "generation_config.json").exists():
         shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")

@@ -20,7 +20,7 @@ from tasks.calibration.architectures import Architecture
 from tasks.calibration.checkpoints import empty_model
 from tasks.calibration.memory import trim
 from tasks.calibration.progress import Report
-from tasks.calibration.tensor_files import Tensors, metadata, save_whole
+from tasks.calibration.tensor_files import Tensors, metadata, refuse_not_finite, save_whole
 from tasks.calibration.tokens import calibration_batches
 from tasks.calibration.work_directory import claim, digest, digests
 from tasks.quantization.checkpoint_format import (
@@ -222,15 +222,6 @@ class _Block:
         figures = json.dumps(_MEASURED.dump_python(self._measured, mode="json"))
         save_whole(file, self.tensors, {"measured": figures})
         self.tensors, self._measured = {}, []
-
-
-def refuse_not_finite(values: "Tensor", name: str) -> None:
-    """Raise ValueError, with the tensor's name, where it holds NaN or infinite values."""
-    if not values.isfinite().all():
-        raise ValueError(
-            f"Weights must be finite; {name} holds NaN or infinite values. "
-            "The checkpoint is damaged or its training diverged: use another."
-        )
 
 
 def _too_few(num_tokens: int, widths: Mapping[str, int]) -> list[str]:

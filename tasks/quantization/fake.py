@@ -13,8 +13,8 @@ EfficientQAT (Chen et al., ACL 2025, arXiv:2407.11062, section 3.3), which leave
 
 Deviations: "inside" is what rounds into the range, where LSQ takes Qn < v < Qp, because weights that begin exactly on
 their grid would begin outside where they are the largest of their group. Scales are s = s_0 exp(SPEED t) with t
-trained: they stay positive, and a step of AdamW changes small and large ones by the same factor, about SPEED times the
-learning rate. With one learning rate for all, weights would be moved too far or scales too little.
+trained: they keep their sign, and a step of AdamW changes small and large ones by the same factor, about SPEED times
+the learning rate. With one learning rate for all, weights would be moved too far or scales too little.
 """
 
 from collections.abc import Callable

@@ -85,7 +85,7 @@ class Gptq(Targets, frozen=True, extra="forbid"):
         note = ""
         if found.damping > damping:
             note = f"damping raised from {damping:g} to {found.damping:g}; its inputs are nearly dependent"
-        return Found(found.weight, found.damping, note)
+        return found._replace(note=note)
 
 
 class Found(NamedTuple):
@@ -127,16 +127,14 @@ def gptq(
     if not torch.isfinite(hessian).all():
         raise ValueError(f"The inputs of {layer} must be finite on the calibration tokens; they overflow or are NaN.")
     affine = fit(weight, options, layer, importance=hessian.diagonal())
-    group_size = options.group_size or in_features
     dead = hessian.diagonal() == 0  # never seen: nothing says what their weights are for
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(in_features)
     upper, damping = _upper_factor_(hessian[order[:, None], order], dead[order], damping, layer)
-    integers = torch.empty(weight.shape, dtype=torch.int8 if options.symmetric else torch.uint8)
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        grids = affine.each(itemgetter(rows))
-        integers[rows] = _round_columns(weight[rows], grids, upper, order, dead, group_size, block_size)
-    return Found(stored(integers, affine, options.group_size), damping)
+    pieces = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(weight), ROWS_AT_ONCE)]
+    integers = [
+        _round_columns(weight[rows], affine.each(itemgetter(rows)), upper, order, dead, block_size) for rows in pieces
+    ]
+    return Found(stored(torch.cat(integers), affine, options.group_size), damping)
 
 
 def _round_columns(
@@ -145,13 +143,13 @@ def _round_columns(
     upper: "Tensor",
     order: "Tensor",
     dead: "Tensor",
-    group_size: int,
     block_size: int,
 ) -> "Tensor":
     """Algorithm 1 for some rows of a weight [rows, in_features]; the integers, in the order of its columns."""
     import torch
 
     in_features = weight.shape[1]
+    group_size = in_features // affine.scale.shape[1]
     left = weight.clone()
     left[:, dead] = 0
     left = left[:, order]
@@ -161,12 +159,13 @@ def _round_columns(
         end = min(start + block_size, in_features)
         errors = torch.empty_like(left[:, start:end])
         for column in range(start, end):
-            grids = affine.group(int(order[column]) // group_size)
+            group = int(order[column]) // group_size
+            grids = affine.group(group)
             values = left[:, column]
             chosen = grids.quantize(values)
             if zero is not None:
                 pruned = weight[:, order[column]] == 0
-                chosen = torch.where(pruned, zero[:, int(order[column]) // group_size].to(chosen.dtype), chosen)
+                chosen = torch.where(pruned, zero[:, group].to(chosen.dtype), chosen)
             integers[:, order[column]] = chosen
             error = (values - grids.dequantize(chosen)) / upper[column, column]
             errors[:, column - start] = error

@@ -46,14 +46,11 @@ class Plan:
         return Head(module, self.tied_head, grid) if isinstance(grid, Grid) else None
 
 
-def plan(
-    checkpoint: Path, tensors: Tensors, source: SourceWeights, method: QuantizationMethod, chosen: dict[str, Grid]
-) -> Plan:
+def plan(checkpoint: Path, source: SourceWeights, method: QuantizationMethod, chosen: dict[str, Grid]) -> Plan:
     """Decide what becomes of each layer.
 
     Args:
         checkpoint: plain checkpoint directory, float.
-        tensors: its tensors, or a smoothed copy's.
         source: what it was imported from.
         method: how to quantize it.
         chosen: the grids of the layers that mixed precision chose for.
@@ -62,24 +59,31 @@ def plan(
         ValueError: the checkpoint is quantized already or of an unknown family; a pattern matches no layer, or
             everything is ignored; the source's integers cannot be carried over.
     """
-    config = read_config(checkpoint)
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"Quantization needs a float checkpoint; {checkpoint} is quantized already. Start from the float model."
+        )
     family = architecture(config["model_type"])
-    tied = bool(config.get("tie_word_embeddings")) or f"{family.lm_head}.weight" not in tensors
+    with Tensors(checkpoint) as tensors:
+        shapes = {name: tensors.shape(name) for name in tensors.names}
+    head = f"{family.lm_head}.weight"
+    tied = bool(config.get("tie_word_embeddings")) or head not in shapes
     config["tie_word_embeddings"] = tied
+    names = [name for name in shapes if not (tied and name == head)]
     linears = family.all_linears(int(config[family.num_layers_option]))
-    targets = _targets(method, chosen, family, linears, tied)
+    ignored = matching([*linears, family.embedding, family.lm_head], method.ignore)
+    targets = _targets(method, chosen, family, linears, ignored, tied)
     if isinstance(method, FromSource):
         carried = [module for module, target in targets.items() if target]
         targets |= source.targets(method, carried, (family.embedding, family.lm_head))
-    ignored = matching([*linears, family.embedding, family.lm_head], method.ignore)
     why = "the source has it as floats" if isinstance(method, FromSource) else "`embeddings` is null"
-    names = [name for name in tensors.names if not (tied and name == f"{family.lm_head}.weight")]
     return Plan(
         config=config,
         family=family,
         tied=tied,
         names=names,
-        num_parameters=sum(math.prod(tensors.shape(name)) for name in names),
+        num_parameters=sum(math.prod(shapes[name]) for name in names),
         linears=linears,
         targets=targets,
         left_float={
@@ -90,22 +94,13 @@ def plan(
     )
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a checkpoint that is not quantized.
-
-    Raises:
-        ValueError: it is.
-    """
-    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"Quantization needs a float checkpoint; {checkpoint} is quantized already. Start from the float model."
-        )
-    return config
-
-
 def _targets(
-    method: QuantizationMethod, chosen: dict[str, Grid], family: Architecture, linears: list[str], tied: bool
+    method: QuantizationMethod,
+    chosen: dict[str, Grid],
+    family: Architecture,
+    linears: list[str],
+    ignored: list[str],
+    tied: bool,
 ) -> dict[str, Target]:
     """The target of every layer that could be quantized."""
     modules: dict[str, Target]
@@ -116,8 +111,7 @@ def _targets(
         modules = {name: chosen.get(name, every) for name in linears}
         modules[family.embedding] = chosen.get(family.embedding, method.embeddings)
         modules[family.lm_head] = chosen.get(family.lm_head, modules[family.embedding])
-    for module in matching(list(modules), method.ignore):
-        modules[module] = None
+    modules |= dict.fromkeys(ignored)
     if tied:
         if modules[family.embedding] != modules[family.lm_head]:
             raise ValueError(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from tasks.calibration.tensor_files import refuse_not_finite
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -118,11 +120,7 @@ def fit(weight: "Tensor", options: Grid, layer: str, importance: "Tensor | None"
     groups = grid.in_groups(weight, options.group_size, layer)
     minimum, maximum = groups.aminmax(dim=2)
     if not (minimum.isfinite().all() and maximum.isfinite().all()):
-        num_bad = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"Weights must be finite; {num_bad} of {weight.numel()} weights of {layer} are NaN or infinite. "
-            "The checkpoint is damaged or its training diverged: use another."
-        )
+        refuse_not_finite(weight, layer)
     if options.range == "min-max":
         return covering(minimum, maximum, options)
     if importance is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from tasks.calibration.tensor_files import refuse_not_finite
 from tasks.quantization.mixed import Weights
 from tasks.quantization.ranges import Grid, fit
 from tasks.quantization.targets import Targets
@@ -76,10 +77,7 @@ def nearest_float8(weight: "Tensor", layer: str) -> "QuantizedWeight":
 
     largest = weight.abs().amax(dim=1, keepdim=True)
     if not largest.isfinite().all():
-        raise ValueError(
-            f"Weights must be finite; {int((~weight.isfinite()).sum())} of {weight.numel()} weights of {layer} are NaN "
-            "or infinite. The checkpoint is damaged or its training diverged: use another."
-        )
+        refuse_not_finite(weight, layer)
     scale = storable(torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0))
     values = (weight / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
     return QuantizedWeight(

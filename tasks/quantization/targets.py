@@ -12,8 +12,8 @@ class Targets(BaseModel, frozen=True, extra="forbid"):
 
     embeddings: Grid | None = Field(
         Grid(),
-        description="Grid of the embedding and the LM head, which are rounded to nearest; tied ones share their "
-        "integers. null: float32.",
+        description="Grid of the embedding and the LM head; tied ones share their integers. An LM head is quantized by "
+        "`method`, a table that is only looked up is rounded to nearest. null: float32.",
     )
     ignore: tuple[str, ...] = Field(
         (), description="Layers to leave alone: names with wildcards, such as model.layers.0.* or *.down_proj."

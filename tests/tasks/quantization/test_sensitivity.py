@@ -1,10 +1,7 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
-from infra.isolation import StageCrashed, run_isolated
 from tasks.calibration.checkpoints import load_model
 from tasks.quantization import Grid
 from tasks.quantization.rtn import round_to_nearest
@@ -94,35 +91,18 @@ def dying(*, moment: str, checkpoint: Path, data: Path, choices: tuple[Grid, ...
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "finished"), [("in a block", 2), ("while scores are written", 1)])
 def test_a_killed_stage_goes_on_after_its_last_block_and_ends_with_the_same_scores(
-    tiny_checkpoint, data, tmp_path, monkeypatch, moment, finished
+    tiny_checkpoint, data, tmp_path, killing, moment, finished
 ):
-    (tmp_path / "dying_stage.py").write_text(STAGE)
-    monkeypatch.syspath_prepend(tmp_path)
-    stage = partial(run_isolated, log_path=tmp_path / "log")
     options = {"choices": CHOICES, "embedding_choices": CHOICES[1:], "ignore": ()}
     arguments = {"checkpoint": tiny_checkpoint, "data": data, **options}
-
-    def run(name, work, on_progress=None):
-        (tmp_path / name).mkdir()
-        each = {**arguments, "out": tmp_path / name, "work_dir": tmp_path / work}
-        done, _ = stage(
-            "tasks.quantization.sensitivity:measure_sensitivity",
-            each,
-            result=SensitivitySummary,
-            on_progress=on_progress,
-        )
-        return done
-
-    whole = run("whole", "calm")
+    stage = killing(STAGE, "tasks.quantization.sensitivity:measure_sensitivity", SensitivitySummary, arguments)
+    whole = stage.run("whole", "calm")
     assert whole.resumed_from_block is None
-    (tmp_path / "lost").mkdir()
-    killed = {**arguments, "moment": moment, "out": tmp_path / "lost", "work_dir": tmp_path / "killed"}
-    with pytest.raises(StageCrashed, match="SIGKILL"):
-        stage("dying_stage:dying", killed, result=type(None))
+    stage.killed("killed", moment)
     assert len(list((tmp_path / "killed").glob("block-*.json"))) == finished
 
     blocks = []
-    resumed = run("resumed", "killed", lambda step, total, _: blocks.append(step))
+    resumed = stage.run("resumed", "killed", lambda step, total, _: blocks.append(step))
     assert blocks == list(range(finished + 1, 5))
     assert resumed == whole.model_copy(update={"resumed_from_block": finished})
     assert (tmp_path / "resumed" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
