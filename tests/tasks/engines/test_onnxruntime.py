@@ -22,10 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tasks.engines import generation
-from tasks.engines import onnxruntime as engine
+from tasks.engines import generation, onnxruntime_graph
 from tasks.engines.decoder import Decoder, Layer, Weight, read_decoder
-from tasks.engines.onnxruntime import GRAPH_FILE, WEIGHTS_FILE, OnnxRuntime, OnnxRuntimeSession
+from tasks.engines.onnxruntime import OnnxRuntime, OnnxRuntimeSession
+from tasks.engines.onnxruntime_graph import GRAPH_FILE, WEIGHTS_FILE
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.activations import Inputs, per_token
 from tasks.quantization.apply import quantize_checkpoint
@@ -275,7 +275,7 @@ def test_positions_of_zeros_and_of_outliers_survive_integer_products(tmp_path: P
     integers = rng.integers(-127, 128, (48, 32)).astype(np.int8)
     weight = QuantizedWeight(integers, np.full((48, 1), 0.01, np.float32), None, 8, None)
     with (tmp_path / WEIGHTS_FILE).open("wb") as file:
-        graph = engine._GraphWriter(file, "int8")
+        graph = onnxruntime_graph._GraphWriter(file, "int8")
         graph.constant("rest", np.array([-1]))
         graph.linear("product", [weight], [None], "x")
     model = onnx.helper.make_model(
@@ -424,7 +424,7 @@ def test_one_product_per_token_is_the_checkpoints_to_the_last_digit(tmp_path: Pa
         Inputs("int8"),
     )
     with (tmp_path / WEIGHTS_FILE).open("wb") as file:
-        graph = engine._GraphWriter(file, "int8")
+        graph = onnxruntime_graph._GraphWriter(file, "int8")
         graph.constant("rest", np.array([-1]))
         graph.linear("y", [weight], [None], "x")
     value = onnx.helper.make_tensor_value_info
@@ -436,7 +436,7 @@ def test_one_product_per_token_is_the_checkpoints_to_the_last_digit(tmp_path: Pa
             [value("y", onnx.TensorProto.FLOAT, ["tokens", 1, 48])],
             initializer=graph.initializers,
         ),
-        opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(engine.MICROSOFT, 1)],
+        opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(onnxruntime_graph.MICROSOFT, 1)],
         ir_version=10,
     )
     onnx.save(model, tmp_path / GRAPH_FILE)

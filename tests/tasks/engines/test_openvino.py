@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from tasks.engines.decoder import read_decoder
-from tasks.engines.openvino import MODEL_FILE, OpenVino, OpenVinoSession, build_model
+from tasks.engines.openvino import MODEL_FILE, OpenVino, OpenVinoSession
+from tasks.engines.openvino_graph import build_model
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
@@ -220,7 +221,7 @@ def test_the_file_holds_the_integers_of_the_checkpoint(tiny_checkpoint: Path, tm
 
 
 def test_integers_of_odd_length_are_packed_in_order() -> None:
-    from tasks.engines.openvino import _integers
+    from tasks.engines.openvino_graph import _integers
 
     values = np.arange(-7, 8, dtype=np.int8).reshape(3, 5)
     np.testing.assert_array_equal(unpacked(_integers(values, 4, [3, 5], "odd")), values.reshape(-1))

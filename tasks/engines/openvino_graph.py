@@ -1,0 +1,317 @@
+"""OpenVINO's graph: a stateful decoder in the shapes that its CPU plugin fuses, on the checkpoint's own integers.
+
+A quantized weight is stored as `Constant -> Convert -> (Subtract zero point) -> Multiply scale -> Reshape`; the plugin
+keeps the integers in memory and multiplies with them. The KV cache is a pair of variables per layer. Inputs and outputs
+are named as OpenVINO GenAI names them: input_ids, attention_mask, position_ids, beam_idx -> logits.
+
+The shapes are those that openvinotoolkit/openvino, src/plugins/intel_cpu/src/transformations, looks for: stateful
+attention, rotary positions, RMS norm, products with compressed weights, rows of compressed embeddings. A test reads the
+compiled graph to see that each is still found.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.engines.decoder import Decoder, Floats, Layer, Weight
+from tasks.quantization.checkpoint_format import QuantizedWeight
+
+MASKED = -65504.0  # float16's lowest: finite in every precision, so that a row masked whole is no NaN
+
+
+def build_model(decoder: Decoder) -> Any:
+    """The stateful `openvino.Model` of a decoder.
+
+    Inputs: input_ids [batch, length] int64, attention_mask [batch, past + length] int64 (1: seen, 0: padding),
+    position_ids [batch, length] int64, beam_idx [batch] int32 (which row of the cache each sequence continues).
+    Output: logits [batch, length, vocab_size] float32.
+    """
+    import openvino
+    from openvino import opset13 as ops
+
+    _refuse_rounding(decoder)
+    input_ids = ops.parameter([-1, -1], np.int64, name="input_ids")
+    attention_mask = ops.parameter([-1, -1], np.int64, name="attention_mask")
+    position_ids = ops.parameter([-1, -1], np.int64, name="position_ids")
+    beam_idx = ops.parameter([-1], np.int32, name="beam_idx")
+    parameters = [input_ids, attention_mask, position_ids, beam_idx]
+    for parameter in parameters:
+        parameter.output(0).set_names({parameter.get_friendly_name()})
+
+    embedding = _weight(decoder.embedding, "model.embed_tokens.weight")
+    lm_head = embedding if decoder.tied else _weight(decoder.lm_head, "lm_head.weight")
+    hidden = ops.gather(embedding, ops.convert(input_ids, "i32"), ops.constant(0, dtype=np.int32))
+    attention = _Attention(decoder, input_ids, attention_mask, position_ids, beam_idx)
+    for index, layer in enumerate(decoder.layers):
+        prefix = f"model.layers.{index}."
+        normed = _rms_norm(hidden, layer.input_norm, decoder.norm_eps, prefix + "input_layernorm.weight")
+        hidden = ops.add(hidden, attention.apply(normed, layer, index))
+        normed = _rms_norm(
+            hidden, layer.post_attention_norm, decoder.norm_eps, prefix + "post_attention_layernorm.weight"
+        )
+        gate = ops.swish(_linear(normed, layer.gate, prefix + "mlp.gate_proj"))
+        product = ops.multiply(gate, _linear(normed, layer.up, prefix + "mlp.up_proj"))
+        hidden = ops.add(hidden, _linear(product, layer.down, prefix + "mlp.down_proj"))
+    hidden = _rms_norm(hidden, decoder.norm, decoder.norm_eps, "model.norm.weight")
+    logits = ops.matmul(hidden, lm_head, False, True, name="lm_head")
+    logits.output(0).set_names({"logits"})
+
+    model = openvino.Model([ops.result(logits, name="logits_result")], attention.sinks, parameters, "decoder")
+    model.set_rt_info(decoder.max_position_embeddings, ["slimline", "max_length"])
+    _name_nodes(model)
+    return model
+
+
+def _refuse_rounding(decoder: Decoder) -> None:
+    for name, weight in decoder.quantized():
+        if weight.inputs or weight.format != "int8":
+            what = "FP8" if weight.format != "int8" else "integers with rounded inputs"
+            raise ValueError(
+                f"OpenVINO takes weights of integers alone; {name} is {what}. Quantize without `activations`, and to "
+                "integers, for this engine."
+            )
+    if decoder.cache:
+        raise ValueError(
+            f"OpenVINO takes no scales of a KV cache; this checkpoint has {decoder.cache.format} ones. Quantize "
+            "without `kv_cache`, and use the engine's own option."
+        )
+
+
+class _Attention:
+    """Grouped-query attention with rotary positions; what all layers share is made once."""
+
+    def __init__(self, decoder: Decoder, input_ids: Any, attention_mask: Any, position_ids: Any, beam_idx: Any) -> None:
+        self.decoder = decoder
+        self.beam_idx = beam_idx
+        self.batch_size = _dimension(input_ids, 0)
+        self.mask = _mask(input_ids, attention_mask, decoder.sliding_window)
+        self.cos, self.sin = _rotary(position_ids, decoder.inverse_frequencies)
+        self.sinks: list[Any] = []
+
+    def apply(self, hidden: Any, layer: Layer, index: int) -> Any:
+        """[batch, length, hidden_size] -> [batch, length, hidden_size], the cache of layer `index` extended."""
+        from openvino import opset13 as ops
+
+        decoder, prefix = self.decoder, f"model.layers.{index}.self_attn."
+        query = self._heads(hidden, layer.q, layer.q_bias, layer.q_norm, decoder.num_heads, prefix + "q")
+        key = self._heads(hidden, layer.k, layer.k_bias, layer.k_norm, decoder.num_kv_heads, prefix + "k")
+        value = self._heads(hidden, layer.v, layer.v_bias, None, decoder.num_kv_heads, prefix + "v")
+        keys = self._cache(self._rotate(key), f"past_key_values.{index}.keypresent.{index}.key")
+        values = self._cache(value, f"past_key_values.{index}.valuepresent.{index}.value")
+        attended = ops.scaled_dot_product_attention(
+            self._rotate(query), self._repeat(keys), self._repeat(values), self.mask
+        )
+        merged = ops.reshape(
+            ops.transpose(attended, np.array([0, 2, 1, 3])),
+            np.array([0, 0, decoder.num_heads * decoder.head_dim]),
+            special_zero=True,
+        )
+        return _linear(merged, layer.o, prefix + "o_proj", layer.o_bias)
+
+    def _heads(
+        self, hidden: Any, weight: Weight, bias: Floats | None, norm: Floats | None, num_heads: int, name: str
+    ) -> Any:
+        """[batch, length, hidden_size] -> [batch, num_heads, length, head_dim]."""
+        from openvino import opset13 as ops
+
+        projected = ops.reshape(
+            _linear(hidden, weight, name + "_proj", bias),
+            np.array([0, 0, num_heads, self.decoder.head_dim]),
+            special_zero=True,
+        )
+        if norm is not None:
+            projected = _rms_norm(projected, norm, self.decoder.norm_eps, name + "_norm.weight")
+        return ops.transpose(projected, np.array([0, 2, 1, 3]))
+
+    def _rotate(self, x: Any) -> Any:
+        """x cos + rotate_half(x) sin, [batch, heads, length, head_dim]."""
+        from openvino import opset13 as ops
+
+        half = self.decoder.head_dim // 2
+        axis, step = np.array([3]), np.array([1])
+        first = ops.slice(x, np.array([0]), np.array([half]), step, axis)
+        second = ops.slice(x, np.array([half]), np.array([np.iinfo(np.int64).max]), step, axis)
+        rotated = ops.concat([ops.multiply(second, np.float32(-1)), first], -1)
+        return ops.add(ops.multiply(x, self.cos), ops.multiply(rotated, self.sin))
+
+    def _cache(self, current: Any, variable: str) -> Any:
+        """What the variable holds, reordered by beam_idx, with `current` appended; the variable then holds that."""
+        from openvino import opset13 as ops
+
+        num_heads, head_dim = self.decoder.num_kv_heads, self.decoder.head_dim
+        empty = ops.broadcast(
+            ops.constant(np.float32(0)),
+            ops.concat([self.batch_size, ops.constant(np.array([num_heads, 0, head_dim]))], 0),
+        )
+        past = ops.read_value(empty, variable, np.float32, [-1, num_heads, -1, head_dim])
+        reordered = ops.gather(past, self.beam_idx, ops.constant(0, dtype=np.int32))
+        present = ops.concat([reordered, current], 2)
+        self.sinks.append(ops.assign(present, variable))
+        return present
+
+    def _repeat(self, cached: Any) -> Any:
+        """Each head as often as queries share it, [batch, num_heads, length, head_dim]."""
+        from openvino import opset13 as ops
+
+        decoder = self.decoder
+        times = decoder.num_heads // decoder.num_kv_heads
+        if times == 1:
+            return cached
+        repeated = ops.broadcast(
+            ops.unsqueeze(cached, np.array(2)), np.array([1, 1, times, 1, 1]), broadcast_spec="BIDIRECTIONAL"
+        )
+        return ops.reshape(repeated, np.array([0, decoder.num_heads, -1, decoder.head_dim]), special_zero=True)
+
+
+def _linear(x: Any, weight: Weight, name: str, bias: Floats | None = None) -> Any:
+    """x W^T + b, [..., in] -> [..., out]; `name` is the module's, without `.weight`."""
+    from openvino import opset13 as ops
+
+    product = ops.matmul(x, _weight(weight, name + ".weight"), False, True, name=name)
+    if isinstance(weight, QuantizedWeight) and weight.has_real_zero_point:
+        product = ops.add(product, _offset_product(x, weight, name + ".offset"))
+    if bias is None:
+        return product
+    return ops.add(product, _constant(bias.reshape(1, 1, -1), name + ".bias"))
+
+
+def _offset_product(x: Any, weight: QuantizedWeight, name: str) -> Any:
+    """What real-valued offsets add to x W^T: each group's sum of inputs, times its offset; [..., out].
+
+    A real zero point on the weight itself is computed with too, but a prompt then takes half as long again.
+    """
+    from openvino import opset13 as ops
+
+    groups = weight.scale.shape[1]
+    split = np.array([0, 0, groups, weight.integers.shape[1] // groups])
+    sums = ops.reduce_sum(ops.reshape(x, split, special_zero=True), np.array([3]))
+    middle = ops.multiply(_scale(weight.scale, name + "_scale"), np.float32(_middle(weight.bits)))
+    return ops.matmul(sums, ops.add(_scale(weight.offset, name), middle), False, True)
+
+
+def _middle(bits: int) -> int:
+    """The integer in the middle of the type's range, [0, 2 ** bits - 1]."""
+    return 1 << (bits - 1)
+
+
+def _weight(weight: Weight, name: str) -> Any:
+    """The weight's values, [out, in] float32, as an expression on its stored numbers.
+
+    With a real zero point they are those less their group's offset and counted from the middle, see `_offset_product`.
+
+    Constants: `name` (integers [out, in] or [out, groups, group_size], or float32 [out, in]), `name`_scale and
+    `name`_zero_point ([out, 1] or [out, groups, 1]).
+    """
+    from openvino import opset13 as ops
+
+    if not isinstance(weight, QuantizedWeight):
+        return _constant(weight, name)
+    out_features, in_features = weight.integers.shape
+    groups = weight.scale.shape[1]
+    grid_shape = [out_features, 1] if groups == 1 else [out_features, groups, 1]
+    shape = [out_features, in_features] if groups == 1 else [out_features, groups, in_features // groups]
+    values = ops.convert(_integers(weight.integers, weight.bits, shape, name), "f32")
+    if weight.has_real_zero_point:
+        middle = np.full([1] * len(grid_shape), _middle(weight.bits), np.uint8)
+        zero_point = _integers(middle, weight.bits, list(middle.shape), name + "_zero_point")
+        values = ops.subtract(values, ops.convert(zero_point, "f32"))
+    elif weight.zero_point is not None:
+        points = weight.zero_point.astype(np.uint8)
+        zero_point = _integers(points, weight.bits, grid_shape, name + "_zero_point")
+        values = ops.subtract(values, ops.convert(zero_point, "f32"))
+    values = ops.multiply(values, _scale(weight.scale.reshape(grid_shape), name + "_scale"))
+    if groups == 1:
+        return values
+    return ops.reshape(values, np.array([out_features, in_features]), special_zero=False)
+
+
+def _scale(scale: Floats, name: str) -> Any:
+    """The scale as float32, stored as float16 where that loses nothing."""
+    from openvino import opset13 as ops
+
+    short = scale.astype(np.float16)
+    if np.array_equal(short.astype(np.float32), scale):
+        return ops.convert(_constant(short, name), "f32")
+    return _constant(scale, name)
+
+
+def _integers(integers: NDArray[np.int8] | NDArray[np.uint8], bits: int, shape: list[int], name: str) -> Any:
+    """A constant of i8 or u8, or of i4 or u4 for at most 4 bits: two to a byte, the first in its low half."""
+    import openvino
+
+    if bits > 4:
+        return _constant(integers.reshape(shape), name)
+    nibbles = integers.reshape(-1).view(np.uint8) & 0xF
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    # By attribute: Type("i4") is numpy's four-byte integer.
+    element_type = openvino.Type.i4 if integers.dtype == np.int8 else openvino.Type.u4
+    # A tensor made around a numpy array does not keep it alive; this one has its own memory.
+    tensor = openvino.Tensor(element_type, openvino.Shape(shape))
+    tensor.data.reshape(-1).view(np.uint8)[:] = nibbles[0::2] | (nibbles[1::2] << 4)
+    return _named(openvino.op.Constant(tensor), name)
+
+
+def _constant(values: NDArray[Any], name: str) -> Any:
+    """A constant on the array's own memory, which it keeps alive: a model is not held twice."""
+    import openvino
+
+    return _named(openvino.op.Constant(np.ascontiguousarray(values), shared_memory=True), name)
+
+
+def _named(node: Any, name: str) -> Any:
+    node.set_friendly_name(name)
+    return node
+
+
+def _rms_norm(x: Any, weight: Floats, eps: float, name: str) -> Any:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    from openvino import opset13 as ops
+
+    mean = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
+    norm = ops.divide(np.float32(1), ops.sqrt(ops.add(mean, np.float32(eps))))
+    rank = len(x.get_output_partial_shape(0))
+    return ops.multiply(ops.multiply(x, norm), _constant(weight.reshape([1] * (rank - 1) + [-1]), name))
+
+
+def _rotary(position_ids: Any, inverse_frequencies: Floats) -> tuple[Any, Any]:
+    """Cosines and sines of the angles, each [batch, 1, length, head_dim], the halves equal."""
+    from openvino import opset13 as ops
+
+    positions = ops.convert(ops.unsqueeze(position_ids, np.array(2)), "f32")
+    angles = ops.multiply(positions, _constant(inverse_frequencies.reshape(1, 1, -1), "inverse_frequencies"))
+    both = ops.concat([angles, angles], -1)
+    axis = np.array(1)
+    return ops.unsqueeze(ops.cos(both), axis), ops.unsqueeze(ops.sin(both), axis)
+
+
+def _mask(input_ids: Any, attention_mask: Any, sliding_window: int | None) -> Any:
+    """What is added to the scores: 0 where a query sees a key, MASKED elsewhere, [batch, 1, length, past + length]."""
+    from openvino import opset13 as ops
+
+    total = ops.squeeze(_dimension(attention_mask, 1), np.array([0]))
+    length = ops.squeeze(_dimension(input_ids, 1), np.array([0]))
+    zero, one = ops.constant(0, dtype=np.int64), ops.constant(1, dtype=np.int64)
+    keys = ops.range(zero, total, one, "i64")  # [past + length]
+    queries = ops.unsqueeze(ops.range(ops.subtract(total, length), total, one, "i64"), np.array(1))  # [length, 1]
+    seen = ops.less_equal(keys, queries)
+    if sliding_window is not None:
+        oldest = ops.subtract(queries, ops.constant(sliding_window, dtype=np.int64))
+        seen = ops.logical_and(seen, ops.greater(keys, oldest))
+    not_padding = ops.unsqueeze(ops.convert(attention_mask, "boolean"), np.array([1, 2]))
+    return ops.select(ops.logical_and(seen, not_padding), np.float32(0), np.float32(MASKED))
+
+
+def _dimension(x: Any, axis: int) -> Any:
+    """The size of `x` along `axis`, [1] int64."""
+    from openvino import opset13 as ops
+
+    return ops.gather(ops.shape_of(x, "i64"), np.array([axis]), np.array(0))
+
+
+def _name_nodes(model: Any) -> None:
+    """Gives nodes without a name one by their place; the library's own counts all nodes the process ever made."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}.{index}")
