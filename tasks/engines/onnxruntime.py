@@ -16,6 +16,7 @@ from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format
 
 SPIN_US = "20"  # how long an idle thread waits awake: long enough between operators, short where a core is shared
+PAST = "past_key_values."
 CACHE_STEP = 256  # tokens by which the KV cache's room is rounded up
 
 
@@ -95,8 +96,9 @@ class OnnxRuntimeSession:
         self._session = onnxruntime.InferenceSession(
             str(bundle / GRAPH_FILE), settings, providers=["CPUExecutionProvider"]
         )
-        self._caches = [value.name.removeprefix("past_") for value in self._session.get_inputs()[4:]]
-        _, self._num_kv_heads, _, self._head_dim = self._session.get_inputs()[4].shape
+        caches = [value for value in self._session.get_inputs() if value.name.startswith(PAST)]
+        self._caches = [value.name.removeprefix(PAST) for value in caches]
+        _, self._num_kv_heads, _, self._head_dim = caches[0].shape
         self.vocab_size = int(self._session.get_outputs()[0].shape[2])
         self.max_length = int(self._session.get_modelmeta().custom_metadata_map["max_length"])
         self.facts = {
@@ -153,27 +155,27 @@ class OnnxRuntimeSession:
         step = _Step(
             binding=self._session.io_binding(),
             input_ids=np.zeros((batch_size, length), dtype=np.int64),
-            last_position=np.zeros(batch_size, dtype=np.int32),
-            total_length=np.zeros((), dtype=np.int32),
+            mask=np.ones(batch_size * self._buffers[0].shape[2], dtype=np.int64),
             num_logits=np.array([num_logits]),
-            logits=np.zeros((batch_size * num_logits, 1, self.vocab_size), dtype=np.float32),
+            logits=np.zeros((batch_size, num_logits, self.vocab_size), dtype=np.float32),
         )
-        for name in ("input_ids", "last_position", "total_length", "num_logits"):
-            step.binding.bind_ortvalue_input(name, value(getattr(step, name)))
+        step.binding.bind_ortvalue_input("input_ids", value(step.input_ids))
+        step.binding.bind_ortvalue_input("num_logits", value(step.num_logits))
         step.binding.bind_ortvalue_output("logits", value(step.logits))
         for name, buffer in zip(self._caches, self._buffers, strict=True):
             shared = value(buffer)
-            step.binding.bind_ortvalue_input("past_" + name, shared)
-            step.binding.bind_ortvalue_output("present_" + name, shared)
+            step.binding.bind_ortvalue_input(PAST + name, shared)
+            step.binding.bind_ortvalue_output("present." + name, shared)
         return step
 
     def _run(self, step: "_Step", input_ids: Ids) -> Logits:
-        total_length = self._length + input_ids.shape[1]
+        batch_size, length = input_ids.shape
+        total = self._length + length
         step.input_ids[...] = input_ids
-        step.last_position[...] = total_length - 1
-        step.total_length[...] = total_length
+        mask = step.mask[: batch_size * total].reshape(batch_size, total)
+        step.binding.bind_ortvalue_input("attention_mask", self._onnxruntime.OrtValue.ortvalue_from_numpy(mask))
         self._session.run_with_iobinding(step.binding)
-        return step.logits.reshape(len(input_ids), -1, self.vocab_size).copy()
+        return step.logits.copy()
 
 
 @dataclass
@@ -182,10 +184,9 @@ class _Step:
 
     binding: Any
     input_ids: Ids  # [batch, length]
-    last_position: NDArray[np.int32]  # [batch]
-    total_length: NDArray[np.int32]  # []
+    mask: Ids  # ones, as many as batch * total can be: no sequence is padded
     num_logits: Ids  # [1]
-    logits: Logits  # [batch * num_logits, 1, vocab_size]
+    logits: Logits  # [batch, num_logits, vocab_size]
 
 
 def _has_vnni() -> bool:

@@ -26,16 +26,18 @@ MICROSOFT = "com.microsoft"
 BLOCK_SIZES = (16, 32, 64, 128)  # of MatMulNBits
 LONG_GROUP_BLOCKS = (64, 32, 16)  # what a longer group is stored as: inputs are rounded per block, so not the longest
 PRODUCTS = ("FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat")  # float32; int8 or float32 by block; integers
+INT32 = 6  # onnx.TensorProto.INT32
 PAGE_BYTES = 4096  # initializers start on a page, so that the file is mapped and not copied
 
 
 def build_graph(decoder: Decoder, out: Path, *, activations: Literal["int8", "float32"], max_length: int) -> None:
     """Writes model.onnx and model.weights: a decoder step over a KV cache that is updated in place.
 
-    Inputs: input_ids [batch, length] int64, last_position [batch] int32 (position of the last token),
-    total_length [] int32 (last_position + 1), num_logits [1] int64, past_key.i / past_value.i
-    [batch, num_kv_heads, room, head_dim]. Outputs: logits [batch * num_logits, 1, vocab_size],
-    present_key.i / present_value.i, to be bound to the same memory as the past.
+    Inputs: input_ids [batch, length] int64; attention_mask [batch, total] int64, the tokens so far, of which a
+    sequence has as many as its row has ones; past_key_values.i.key / .value [batch, num_kv_heads, room, head_dim];
+    num_logits [1] int64, which may be left out: how many of the last positions the LM head computes, 0 for all.
+    Outputs: logits [batch, num_logits, vocab_size], present.i.key / .value, to be bound to the same memory as the past.
+    The names are those that ONNX Runtime GenAI looks for.
 
     Between attentions the hidden states are [batch * length, 1, features]: `_GraphWriter.integer_product` stacks two
     halves along the middle.
@@ -50,18 +52,17 @@ def build_graph(decoder: Decoder, out: Path, *, activations: Literal["int8", "fl
         _add_decoder(graph, decoder, max_length)
 
     cache: list[str | int | None] = ["batch", decoder.num_kv_heads, "room", decoder.head_dim]
-    caches = [f"{kind}.{index}" for index in range(len(decoder.layers)) for kind in ("key", "value")]
+    caches = [f"{index}.{kind}" for index in range(len(decoder.layers)) for kind in ("key", "value")]
     cache_kind = TensorProto.INT8 if decoder.cache else TensorProto.FLOAT
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"]),
-        helper.make_tensor_value_info("last_position", TensorProto.INT32, ["batch"]),
-        helper.make_tensor_value_info("total_length", TensorProto.INT32, []),
-        helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]),
-        *(helper.make_tensor_value_info(f"past_{name}", cache_kind, cache) for name in caches),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+        *(helper.make_tensor_value_info(f"past_key_values.{name}", cache_kind, cache) for name in caches),
+        helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]),  # last: it has a default
     ]
     outputs = [
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 1, decoder.vocab_size]),
-        *(helper.make_tensor_value_info(f"present_{name}", cache_kind, cache) for name in caches),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "positions", decoder.vocab_size]),
+        *(helper.make_tensor_value_info(f"present.{name}", cache_kind, cache) for name in caches),
     ]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=graph.initializers),
@@ -106,7 +107,9 @@ def _add_decoder(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> No
     graph.node("Shape", ["input_ids"], ["input_shape"])
     graph.node("Concat", ["input_shape", graph.constant("rest", np.array([-1]))], ["by_sequence"], axis=0)
     graph.constant("by_position", np.array([-1, 1, 0]))  # 0 keeps the last dimension
+    graph.constant("num_logits", np.array([0]))
     graph.node("Neg", ["num_logits"], ["first_logits"])
+    _add_lengths(graph)
 
     graph.node("Reshape", ["input_ids", graph.constant("column", np.array([-1, 1]))], ["ids"])
     hidden = graph.embedding("embedding", decoder.embedding, "ids", decoder.hidden_size)
@@ -126,7 +129,22 @@ def _add_decoder(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> No
         delta = _add_feed_forward(graph, layer, prefix, normed)
     _, normed = _add_norm(graph, "norm", hidden, delta, decoder.norm, decoder.norm_eps)
     name = "embedding" if decoder.tied else "lm_head"
-    graph.linear(name, [decoder.lm_head], [None], normed, output="logits")
+    logits = graph.linear(name, [decoder.lm_head], [None], normed, output="logits.by_position")
+    graph.node("Gather", ["input_shape", graph.constant("first", np.array([0]))], ["batch"], axis=0)
+    graph.node(
+        "Concat", ["batch", graph.constant("rows", np.array([-1, decoder.vocab_size]))], ["logits.shape"], axis=0
+    )
+    graph.node("Reshape", [logits, "logits.shape"], ["logits"])
+
+
+def _add_lengths(graph: "_GraphWriter") -> None:
+    """`last_position` [batch] int32, of each sequence's last token, and `total_length` [] int32, of the longest."""
+    graph.node("ReduceSum", ["attention_mask", graph.constant("axis_1", np.array([1]))], ["lengths"], keepdims=0)
+    graph.node("Sub", ["lengths", graph.constant("one_token", np.array(1))], ["last_positions"])
+    graph.node("Cast", ["last_positions"], ["last_position"], to=INT32)
+    graph.node("Shape", ["attention_mask"], ["mask_shape"])
+    graph.node("Gather", ["mask_shape", graph.constant("second", np.array(1))], ["total"], axis=0)
+    graph.node("Cast", ["total"], ["total_length"], to=INT32)
 
 
 def _add_norm(
@@ -171,15 +189,15 @@ def _add_attention(graph: "_GraphWriter", decoder: Decoder, layer: Layer, index:
         "GroupQueryAttention",
         [
             *projected,
-            f"past_key.{index}",
-            f"past_value.{index}",
+            f"past_key_values.{index}.key",
+            f"past_key_values.{index}.value",
             "last_position",
             "total_length",
             "rotary_cos",
             "rotary_sin",
             *(["", "", "", *scales] if scales else []),  # positions, bias and sinks are left out
         ],
-        [prefix + "attention", f"present_key.{index}", f"present_value.{index}"],
+        [prefix + "attention", f"present.{index}.key", f"present.{index}.value"],
         MICROSOFT,
         num_heads=decoder.num_heads,
         kv_num_heads=decoder.num_kv_heads,
