@@ -31,7 +31,7 @@ ACCEPT = "ACCEPT"
 # fmt: off
 REQUIRED = (
     "mlflow", "torch", "transformers", "tokenizers", "compressed-tensors", "safetensors", "numpy", "pandas", "pydantic",
-    "onnxruntime", "openvino",
+    "onnxruntime", "openvino", "openvino-genai",
 )
 # fmt: on
 """Distributions a served bundle may need; those installed here are written into the version with their versions."""

@@ -9,7 +9,16 @@ from infra.tracking import Parent, StageResult
 from tasks.engines import Engine
 from tasks.engines.compiling import EngineSummary
 
-LIBRARIES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu13")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "openvino-tokenizers",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 
 
 @task(

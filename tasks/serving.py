@@ -4,7 +4,6 @@ MLflow runs this file by itself (models from code), wherever the version is load
 """
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class Generator(PythonModel):
-    """Generates with an engine. One request at a time: a session holds the KV cache of one batch."""
+    """Generates with an engine."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine on all cores this process may use."""
-        from tasks.engines.compiling import load_bundle
+        from tasks.engines.compiling import load_generator
 
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.session, self.tokenizer = load_bundle(Path(context.artifacts["bundle"]), threads=threads)
-        self.lock = threading.Lock()
+        self.generator = load_generator(Path(context.artifacts["bundle"]), threads=threads)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -34,18 +32,17 @@ class Generator(PythonModel):
             model_input: a list of prompts, or a table whose first column is `prompt`.
             params: max_new_tokens, temperature (0: the likeliest token), seed.
         """
-        from tasks.engines.generation import generate
+        from tasks.engines.text import Sampling
 
         options = params or {}
-        with self.lock:
-            return generate(
-                self.session,
-                self.tokenizer,
-                _prompts(model_input),
-                max_new_tokens=int(options.get("max_new_tokens", 64)),
-                temperature=float(options.get("temperature", 0.0)),
-                seed=int(options.get("seed", 0)),
-            )
+        sampling = Sampling(
+            max_new_tokens=int(options.get("max_new_tokens", 64)),
+            temperature=float(options.get("temperature", 0.0)),
+            seed=int(options.get("seed", 0)),
+        )
+        prompts = [self.generator.encode(prompt) for prompt in _prompts(model_input)]
+        answers, _ = self.generator.answer(prompts, sampling)
+        return [answer.text for answer in answers]
 
 
 def _prompts(table: pd.DataFrame) -> list[str]:

@@ -7,6 +7,7 @@ options, the precision the engine says it used, library versions, and the SHA-25
 import hashlib
 import json
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
-from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer
+from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
 from tasks.engines import Engine, PyTorch
+from tasks.engines.genai_files import end_tokens
 from tasks.engines.parity import Parity, compare
+from tasks.engines.runtimes import Lookup, runtime_of
+from tasks.engines.text import TextGenerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +33,8 @@ MANIFEST = "manifest.json"
 PARITY_WINDOWS = 4
 PARITY_LENGTH = 128
 LIBRARIES = {
-    "onnxruntime": ("onnx", "onnxruntime"),
-    "openvino": ("openvino",),
+    "onnxruntime": ("onnx", "onnxruntime", "onnxruntime-genai"),
+    "openvino": ("openvino", "openvino-genai", "openvino-tokenizers"),
     "tensorrt": ("onnx", "tensorrt", "tensorrt-rtx-cu13"),
 }
 
@@ -58,6 +62,7 @@ class EngineSummary(BaseModel, frozen=True, extra="forbid"):
     engine_size_bytes: int = Field(description="Without the tokenizer.")
     facts: dict[str, str]
     parity: Parity | None = Field(description="None: not run here.")
+    notes: tuple[str, ...] = ()
 
 
 def compile_engine(
@@ -77,9 +82,12 @@ def compile_engine(
     """
     if problem := engine.missing():
         raise ValueError(problem)
-    engine.compile(checkpoint, out)
+    notes = engine.compile(checkpoint, out)
     engine_size_bytes = _size(out)
     copy_tokenizer(checkpoint, out)
+    for name in ("config.json", "generation_config.json"):
+        if (checkpoint / name).exists():
+            shutil.copyfile(checkpoint / name, out / name)
     report(1, 3, {})
     facts: dict[str, str] = {}
     parity = None
@@ -114,6 +122,7 @@ def compile_engine(
         engine_size_bytes=engine_size_bytes,
         facts=facts,
         parity=parity,
+        notes=notes,
     )
 
 
@@ -143,12 +152,52 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
     Raises:
         ValueError: a file was changed or lost, or this machine cannot run the engine.
     """
+    return _runnable(bundle, verify).engine.load(bundle, threads=threads), load_tokenizer(bundle)
+
+
+def load_generator(
+    bundle: Path, *, threads: int, lookup: Lookup | None = None, draft: Path | None = None, verify: bool = True
+) -> TextGenerator:
+    """A bundle ready to answer prompts.
+
+    Args:
+        lookup: propose tokens by prompt lookup; the answers stay what they are without.
+        draft: a bundle of the same engine with the same tokenizer, which proposes tokens.
+        verify: see `load_bundle`.
+
+    Raises:
+        ValueError: a file was changed or lost, this machine cannot run the engine, or it has no such proposals.
+    """
+    manifest = _runnable(bundle, verify)
+    if draft:
+        _check_draft(bundle, manifest, draft, _runnable(draft, verify))
+    runtime = runtime_of(manifest.engine, bundle, threads=threads, lookup=lookup, draft=draft)
+    tokenizer = load_tokenizer(bundle)
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return TextGenerator(runtime, tokenizer, end_tokens(bundle) or own)
+
+
+def _check_draft(bundle: Path, manifest: Manifest, draft: Path, of_draft: Manifest) -> None:
+    if of_draft.engine.engine != manifest.engine.engine:
+        raise ValueError(
+            f"A draft must be compiled for the engine of the model, {manifest.engine.engine}; {draft} is for "
+            f"{of_draft.engine.engine}. Compile the draft's checkpoint for {manifest.engine.engine}."
+        )
+    if tokenizer_digest(draft) != tokenizer_digest(bundle):
+        raise ValueError(
+            f"A draft must have the tokenizer of the model it proposes tokens to; that of {draft} differs from that of "
+            f"{bundle}. Distil a draft from the model."
+        )
+
+
+def _runnable(bundle: Path, verify: bool) -> Manifest:
+    """The manifest of a bundle that is whole and runs on this machine."""
     manifest = read_manifest(bundle)
     if verify:
         _verify(bundle, manifest)
     if problem := manifest.engine.missing() or manifest.engine.cannot_run():
         raise ValueError(problem)
-    return manifest.engine.load(bundle, threads=threads), load_tokenizer(bundle)
+    return manifest
 
 
 def _verify(bundle: Path, manifest: Manifest) -> None:

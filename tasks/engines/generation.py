@@ -1,7 +1,7 @@
-"""Text from any engine: what an engine's `load` returns, and the loop that turns it into words."""
+"""What an engine's `load` returns, what it refuses, and how the next token is chosen from its logits."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,116 +96,41 @@ def check_step(input_ids: Ids, *, batch_size: int, length: int, max_length: int)
         )
 
 
-def generate(
-    session: Session,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    eos_ids: Sequence[int] | None = None,
-) -> list[str]:
-    """What the model writes after each prompt, without the prompt and without special tokens.
+def choose(
+    logits: Logits, generators: Sequence[np.random.Generator], *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Ids:
+    """The next token of each sequence: the likeliest, or above temperature 0 a sample.
+
+    Sampling is by the Gumbel-max trick, exact for any temperature. `top_k` and then `top_p` (Holtzman et al., "The
+    Curious Case of Neural Text Degeneration", ICLR 2020, arXiv:1904.09751, section 3) leave the likeliest tokens only;
+    probabilities are those at `temperature`.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        max_new_tokens: per prompt.
-        temperature: 0 takes the likeliest token; above it samples.
-        seed: of the sampling; prompt i's text depends on (seed, i) only, not on its batch.
-        eos_ids: tokens that end a sequence; the tokenizer's own by default.
+        logits: [batch, vocab_size].
+        generators: one per sequence, so that a sample does not depend on the batch.
+
+    Returns:
+        [batch] int64.
     """
-    if eos_ids is None:
-        eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = generate_tokens(
-        session,
-        [tokenizer.encode(prompt) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        eos_ids=eos_ids,
-    )
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-
-
-def generate_tokens(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    eos_ids: Sequence[int] = (),
-    batch_size: int = 8,
-) -> list[list[int]]:
-    """New token ids after each prompt, up to and including the first of `eos_ids`.
-
-    Prompts of equal length share a batch of at most `batch_size`, so no prompt is padded.
-
-    Raises:
-        ValueError: a prompt is empty or does not fit the session with `max_new_tokens`, or `temperature` is negative.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 (the likeliest token) or above; got {temperature}.")
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
-    if 0 in by_length:
-        raise ValueError(f"A prompt must have at least one token; prompt {by_length[0][0]} has none.")
-    longest = max(by_length, default=0)
-    if longest + max_new_tokens - 1 > session.max_length:  # the last new token is not read back
-        raise ValueError(
-            f"A sequence may have at most {session.max_length} tokens; a prompt of {longest} and {max_new_tokens} new "
-            "ones do not fit. Ask for fewer, or compile the engine with a larger max_length."
-        )
-    results: list[list[int]] = [[] for _ in prompts]
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            generators = [np.random.default_rng([seed, index]) for index in batch]
-            texts = _generate_batch(
-                session,
-                np.array([prompts[index] for index in batch], dtype=np.int64),
-                max_new_tokens,
-                temperature,
-                generators,
-                frozenset(eos_ids),
-            )
-            for index, text in zip(batch, texts, strict=True):
-                results[index] = text
-    return results
-
-
-def _generate_batch(
-    session: Session,
-    input_ids: Ids,
-    max_new_tokens: int,
-    temperature: float,
-    generators: list[np.random.Generator],
-    eos_ids: frozenset[int],
-) -> list[list[int]]:
-    logits = session.prefill(input_ids)[:, -1]
-    texts: list[list[int]] = [[] for _ in range(len(input_ids))]
-    open_rows = set(range(len(input_ids)))
-    for step in range(max_new_tokens):
-        chosen = _choose(logits, temperature, generators)
-        for row in tuple(open_rows):
-            texts[row].append(int(chosen[row]))
-            if texts[row][-1] in eos_ids:
-                open_rows.remove(row)
-        if not open_rows or step + 1 == max_new_tokens:
-            break
-        logits = session.decode(chosen)
-    return texts
-
-
-def _choose(logits: Logits, temperature: float, generators: list[np.random.Generator]) -> Ids:
-    """[batch] int64 from [batch, vocab_size] logits; sampling by the Gumbel-max trick, exact for any temperature."""
     scores: Logits = logits
     if temperature > 0:
-        noise = np.stack([generator.gumbel(size=logits.shape[1]) for generator in generators])
-        scores = logits / temperature + noise
+        scores = logits / np.float32(temperature)
+        if top_k:
+            smallest = np.partition(scores, -min(top_k, scores.shape[1]), axis=-1)[:, [-min(top_k, scores.shape[1])]]
+            scores = np.where(scores < smallest, -np.inf, scores)
+        if top_p < 1:
+            scores = np.where(scores < _nucleus(scores, top_p), -np.inf, scores)
+        scores = scores + np.stack([generator.gumbel(size=scores.shape[1]) for generator in generators])
     chosen: Ids = scores.argmax(-1).astype(np.int64)
     return chosen
+
+
+def _nucleus(scores: Logits, top_p: float) -> Logits:
+    """[batch, 1]: the score of the last token of the smallest set of likeliest ones with probability `top_p`."""
+    ordered = -np.sort(-scores, axis=-1)
+    probabilities = np.exp(ordered - ordered[:, :1], dtype=np.float64)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    before = probabilities.cumsum(-1) - probabilities
+    last = (before < top_p).sum(-1, keepdims=True) - 1
+    result: Logits = np.take_along_axis(ordered, last, axis=-1)
+    return result

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import read_decoder
+from tasks.engines.genai_files import write_genai_config
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
 from tasks.engines.onnxruntime_graph import BLOCK_SIZES, GRAPH_FILE, build_graph
 from tasks.quantization import Activations, Grid
@@ -64,9 +65,17 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
             return "ONNX Runtime's CPU provider keeps no FP8 KV cache. Use `kv_cache: int8`, or leave it out."
         return None  # FP8 inputs come with FP8 weights
 
-    def compile(self, checkpoint: Path, out: Path) -> None:
-        """Writes the graph and its weights (integers as the checkpoint's) into `out`."""
-        build_graph(read_decoder(checkpoint), out, activations=self.activations, max_length=self.max_length)
+    def compile(self, checkpoint: Path, out: Path) -> tuple[str, ...]:
+        """Writes the graph, its weights (integers as the checkpoint's) and ONNX Runtime GenAI's file into `out`.
+
+        Returns:
+            What a user of the bundle should know: nothing.
+        """
+        decoder = read_decoder(checkpoint)
+        max_length = min(self.max_length, decoder.max_position_embeddings)
+        build_graph(decoder, out, activations=self.activations, max_length=max_length)
+        write_genai_config(checkpoint, decoder, out, graph=GRAPH_FILE, max_length=max_length)
+        return ()
 
     def load(self, bundle: Path, *, threads: int) -> "OnnxRuntimeSession":
         """A session on `threads` threads."""

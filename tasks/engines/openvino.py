@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import read_decoder
+from tasks.engines.genai_files import write_openvino_tokenizer
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
 from tasks.engines.openvino_graph import build_model
 from tasks.quantization import Activations, Grid
@@ -66,10 +67,14 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
             )
         return None
 
-    def compile(self, checkpoint: Path, out: Path) -> None:
-        """Writes the graph of a checkpoint, and its weights beside it, into the directory `out`.
+    def compile(self, checkpoint: Path, out: Path) -> tuple[str, ...]:
+        """Writes the graph of a checkpoint, its weights and OpenVINO GenAI's files into the directory `out`.
 
-        The same checkpoint gives the same bytes. The options are not in them: they apply when the graph is loaded.
+        The same checkpoint and options give the same bytes. The graph names the precision of the KV cache and how
+        inputs are rounded, so that they hold in OpenVINO GenAI too; the rest of the options apply when it is loaded.
+
+        Returns:
+            What a user of the bundle should know: why it cannot be loaded by OpenVINO GenAI, if so.
 
         Raises:
             ValueError: the checkpoint's family is not one that `read_decoder` knows.
@@ -77,7 +82,11 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
         import openvino
 
         model = build_model(read_decoder(checkpoint))
+        for name, value in self._runtime_options().items():
+            model.set_rt_info(value, ["runtime_options", name])
         openvino.save_model(model, out / MODEL_FILE, compress_to_fp16=False)
+        problem = write_openvino_tokenizer(checkpoint, out)
+        return (problem,) if problem else ()
 
     def load(self, bundle: Path, *, threads: int) -> "OpenVinoSession":
         """A session of the graph in the directory `bundle`; the weights file is mapped, not read."""
@@ -88,21 +97,24 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
         model = core.read_model(bundle / MODEL_FILE)
         max_length = int(model.get_rt_info(["slimline", "max_length"]).astype(int))
         _slice_before_lm_head(model)
-        compiled = core.compile_model(
-            model,
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": _ELEMENT_TYPES[self.precision],
-                "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.activations == "int8" else 0,
-                "KV_CACHE_PRECISION": _ELEMENT_TYPES[self.kv_cache],
-                "PERFORMANCE_HINT": "LATENCY",
-                "NUM_STREAMS": 1,
-                "INFERENCE_NUM_THREADS": threads,
-                # Two processes that both pin would share a core and leave another idle.
-                "ENABLE_CPU_PINNING": False,
-            },
-        )
-        return OpenVinoSession(compiled, max_length=max_length)
+        properties = self.properties(threads) | {"NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        return OpenVinoSession(core.compile_model(model, "CPU", properties), max_length=max_length)
+
+    def properties(self, threads: int) -> dict[str, Any]:
+        """The CPU plugin's properties for these options."""
+        return {
+            "INFERENCE_PRECISION_HINT": _ELEMENT_TYPES[self.precision],
+            "INFERENCE_NUM_THREADS": threads,
+            # Two processes that both pin would share a core and leave another idle.
+            "ENABLE_CPU_PINNING": False,
+            **self._runtime_options(),
+        }
+
+    def _runtime_options(self) -> dict[str, Any]:
+        return {
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.activations == "int8" else 0,
+            "KV_CACHE_PRECISION": _ELEMENT_TYPES[self.kv_cache],
+        }
 
 
 _ELEMENT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}

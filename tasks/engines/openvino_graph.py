@@ -59,7 +59,7 @@ def build_model(decoder: Decoder) -> Any:
 
     model = openvino.Model([ops.result(logits, name="logits_result")], attention.sinks, parameters, "decoder")
     model.set_rt_info(decoder.max_position_embeddings, ["slimline", "max_length"])
-    _name_nodes(model)
+    name_nodes(model)
     return model
 
 
@@ -310,7 +310,7 @@ def _dimension(x: Any, axis: int) -> Any:
     return ops.gather(ops.shape_of(x, "i64"), np.array([axis]), np.array(0))
 
 
-def _name_nodes(model: Any) -> None:
+def name_nodes(model: Any) -> None:
     """Gives nodes without a name one by their place; the library's own counts all nodes the process ever made."""
     for index, node in enumerate(model.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():

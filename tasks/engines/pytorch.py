@@ -36,7 +36,7 @@ class PyTorch(BaseModel, frozen=True, extra="forbid"):
             return None
         return "PyTorch and transformers are part of every installation; run: make install"
 
-    def compile(self, checkpoint: Path, out: Path) -> None:
+    def compile(self, checkpoint: Path, out: Path) -> tuple[str, ...]:
         """Nothing is compiled: the checkpoint is loaded as it is."""
         raise ValueError(f"PyTorch runs the checkpoint {checkpoint} itself; there is nothing to compile. Call load().")
 

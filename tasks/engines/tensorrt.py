@@ -103,8 +103,11 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
             )
         return None
 
-    def compile(self, checkpoint: Path, out: Path) -> None:
+    def compile(self, checkpoint: Path, out: Path) -> tuple[str, ...]:
         """Writes the plan into `out`.
+
+        Returns:
+            What a user of the bundle should know: nothing.
 
         Raises:
             ValueError: the library is missing, the checkpoint has integers with zero points, or TensorRT refuses the
@@ -119,6 +122,7 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
             export_decoder(decoder, graph, precision=self.precision, max_length=self.max_length)
             plan = build_plan(graph, decoder, self)
         (out / PLAN_FILE).write_bytes(plan)
+        return ()
 
     def load(self, bundle: Path, *, threads: int) -> "TensorRTSession":
         """A session on the first GPU; `threads` is for engines on the CPU and is not used.

@@ -19,8 +19,8 @@ from infra.artifacts import new_directory, publish
 from infra.settings import environment, settings
 from infra.tracking import StageResult, client, lineage, stage_run, start_flow
 from tasks.engines import OnnxRuntime
-from tasks.engines.compiling import compile_engine, load_bundle
-from tasks.engines.generation import generate
+from tasks.engines.compiling import compile_engine, load_generator
+from tasks.engines.text import Sampling
 
 ROOT = Path(__file__).parents[2]
 CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks"]}
@@ -66,8 +66,9 @@ def version(parent, bundle):
 
 @pytest.fixture(scope="module")
 def expected(bundle):
-    session, tokenizer = load_bundle(bundle.artifact.path, threads=1)
-    return generate(session, tokenizer, PROMPTS, max_new_tokens=8)
+    generator = load_generator(bundle.artifact.path, threads=1)
+    answers, _ = generator.answer([generator.encode(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=8))
+    return [answer.text for answer in answers]
 
 
 def test_a_version_says_what_it_is_and_where_it_came_from(version, bundle, parent):

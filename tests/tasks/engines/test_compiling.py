@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tasks.engines import OnnxRuntime
-from tasks.engines.compiling import MANIFEST, EngineSummary, compile_engine, load_bundle, read_manifest
-from tasks.engines.generation import generate
+from tasks.engines.compiling import MANIFEST, EngineSummary, compile_engine, load_bundle, load_generator, read_manifest
 from tasks.engines.pytorch import PyTorch
+from tasks.engines.runtimes import SessionRuntime
+from tasks.engines.text import Sampling, TextGenerator
 from tasks.quantization import RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 
@@ -38,13 +39,14 @@ def compiled(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_bundle_generates_the_text_of_pytorch(compiled: tuple[Path, EngineSummary], checkpoint: Path) -> None:
-    session, tokenizer = load_bundle(compiled[0], threads=1)
-    prompts = ["def main():", "import"]
+    generator = load_generator(compiled[0], threads=1)
+    prompts = [generator.encode(prompt) for prompt in ("def main():", "import")]
 
-    texts = generate(session, tokenizer, prompts, max_new_tokens=8)
+    answers, _ = generator.answer(prompts, Sampling(max_new_tokens=8))
 
-    reference = PyTorch(precision="float32").load(checkpoint, threads=1)
-    assert texts == generate(reference, tokenizer, prompts, max_new_tokens=8)
+    session = PyTorch(precision="float32").load(checkpoint, threads=1)
+    reference = TextGenerator(SessionRuntime(session), generator.tokenizer, [0])
+    assert answers == reference.answer(prompts, Sampling(max_new_tokens=8))[0]
 
 
 def test_summary_says_how_close_the_engine_is(compiled: tuple[Path, EngineSummary]) -> None:
@@ -66,7 +68,7 @@ def test_manifest_names_engine_precision_versions_and_every_file(compiled: tuple
     assert manifest.engine.precision == "float32"
     assert manifest.facts == summary.facts
     assert manifest.facts["products"] == "17 MatMulIntegerToFloat"
-    assert manifest.versions.keys() == {"onnx", "onnxruntime"}
+    assert manifest.versions.keys() == {"onnx", "onnxruntime", "onnxruntime-genai"}
     assert set(manifest.files) == {file.name for file in bundle.iterdir()} - {MANIFEST}
     assert "model.safetensors" in manifest.checkpoint_files
     assert manifest.processor

@@ -1,103 +1,53 @@
-"""The generation loop: against transformers on a real model, and case by case on one that can be checked by eye."""
-
-from pathlib import Path
+"""What no engine reads, and which token comes next."""
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.engines.generation import Ids, Logits, check_prompt, check_step, generate, generate_tokens
-from tasks.engines.pytorch import PyTorch
+from tasks.engines.generation import Ids, check_prompt, check_step, choose
 
 
-class Counting:
-    """After token t, t + 1 is likeliest and t + 2 second; records the batches it was given."""
-
-    vocab_size = 20
-    max_length = 12
-    facts: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[int, ...]] = []
-
-    def prefill(self, input_ids: Ids, num_logits: int = 1) -> Logits:
-        self.batches.append(input_ids.shape)
-        return self._logits(input_ids[:, -num_logits:])
-
-    def decode(self, input_ids: Ids) -> Logits:
-        return self._logits(input_ids[:, None])[:, 0]
-
-    def close(self) -> None: ...
-
-    def _logits(self, tokens: Ids) -> Logits:
-        places = (np.arange(self.vocab_size) - tokens[..., None] - 1) % self.vocab_size
-        return (-2.0 * places).astype(np.float32)
+def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, index]) for index in range(count)]
 
 
-def test_greedy_text_is_that_of_transformers(tiny_checkpoint: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    prompts = ["def main():", "import os", "class Thing"]
-    session = PyTorch(precision="float32").load(tiny_checkpoint, threads=1)
-
-    texts = generate(session, tokenizer, prompts, max_new_tokens=12)
-
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+def drawn(logits: np.ndarray, count: int = 4000, **options: float) -> np.ndarray:
+    """The share of each token among samples."""
+    tokens = choose(np.tile(logits.astype(np.float32), (count, 1)), generators(count), **options)  # type: ignore[arg-type]
+    return np.bincount(tokens, minlength=len(logits)) / count
 
 
-def test_each_prompt_continues_by_itself_and_equal_lengths_share_a_batch() -> None:
-    session = Counting()
-
-    tokens = generate_tokens(session, [[1], [5, 6], [3], [7, 8]], max_new_tokens=3)
-
-    assert tokens == [[2, 3, 4], [7, 8, 9], [4, 5, 6], [9, 10, 11]]
-    assert session.batches == [(2, 1), (2, 2)]
-
-
-def test_a_sequence_ends_with_its_end_token_and_the_others_go_on() -> None:
-    assert generate_tokens(Counting(), [[1], [4]], max_new_tokens=4, eos_ids=[3]) == [[2, 3], [5, 6, 7, 8]]
-
-
-def test_samples_depend_on_the_seed_and_not_on_the_batch() -> None:
-    prompts = [[1], [2], [3]]
-    together = generate_tokens(Counting(), prompts, max_new_tokens=6, temperature=2.0, seed=7)
-    apart = generate_tokens(Counting(), prompts, max_new_tokens=6, temperature=2.0, seed=7, batch_size=1)
-    other = generate_tokens(Counting(), prompts, max_new_tokens=6, temperature=2.0, seed=8)
-
-    assert together == apart
-    assert together != other
+def test_temperature_zero_takes_the_likeliest() -> None:
+    logits = np.array([[0.0, 3.0, 2.0], [5.0, 3.0, 2.0]], dtype=np.float32)
+    np.testing.assert_array_equal(choose(logits, generators(2), temperature=0), [1, 0])
 
 
 def test_samples_have_the_softmax_distribution() -> None:
-    tokens = generate_tokens(Counting(), [[0]] * 4000, max_new_tokens=1, temperature=2.0, batch_size=500)
-    expected = np.exp(-np.arange(20.0))  # of 1, 2, 3, …: logits fall by 2, temperature 2
-    share = np.bincount([t for (t,) in tokens], minlength=20)[1:4] / 4000
-
-    np.testing.assert_allclose(share, (expected / expected.sum())[:3], atol=0.025)  # three standard errors
+    expected = np.exp(-np.arange(20.0))  # logits fall by 2, temperature 2
+    share = drawn(-2.0 * np.arange(20), temperature=2.0)
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.025)  # three standard errors
 
 
-def test_a_sequence_may_fill_the_session_exactly() -> None:
-    assert len(generate_tokens(Counting(), [[1] * 10], max_new_tokens=3)[0]) == 3  # the third is not read back
-    with pytest.raises(ValueError, match="at most 12 tokens; a prompt of 10 and 4 new"):
-        generate_tokens(Counting(), [[1] * 10], max_new_tokens=4)
+def test_top_k_samples_from_the_likeliest_alone() -> None:
+    share = drawn(np.array([0.0, 1.0, 0.5, -1.0]), temperature=1.0, top_k=2)
+    expected = np.exp([0, 1.0, 0.5, 0]) * [0, 1, 1, 0]
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.025)
+    np.testing.assert_allclose(drawn(np.zeros(3), temperature=1.0, top_k=9), 1 / 3, atol=0.025)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "options", "message"),
-    [
-        ([[1], []], {"max_new_tokens": 1}, "prompt 1 has none"),
-        ([[1]], {"max_new_tokens": 0}, "at least 1; got 0"),
-        ([[1]], {"max_new_tokens": 1, "temperature": -1.0}, "got -1.0"),
-        ([[1]], {"max_new_tokens": 1, "temperature": float("nan")}, "got nan"),
-    ],
-)
-def test_nonsense_is_refused(prompts: list[list[int]], options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate_tokens(Counting(), prompts, **options)  # type: ignore[arg-type]
+def test_top_p_samples_from_the_smallest_set_that_has_it() -> None:
+    probabilities = np.array([0.2, 0.5, 0.05, 0.25])
+    np.testing.assert_allclose(
+        drawn(np.log(probabilities), temperature=1.0, top_p=0.7), [0, 2 / 3, 0, 1 / 3], atol=0.025
+    )
+    np.testing.assert_allclose(drawn(np.log(probabilities), temperature=1.0, top_p=0.5), [0, 1, 0, 0], atol=0)
+
+
+def test_a_sample_depends_on_its_generator_and_not_on_the_batch() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    together = choose(logits, generators(3), temperature=2.0)
+    apart = [choose(logits[[i]], [generators(3)[i]], temperature=2.0)[0] for i in range(3)]
+    np.testing.assert_array_equal(together, apart)
+    assert (choose(logits, generators(3, seed=1), temperature=2.0) != together).any()
 
 
 def test_prompts_and_steps_no_engine_can_read_are_refused() -> None:
