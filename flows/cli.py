@@ -106,6 +106,117 @@ def check(
 
 
 @app.command()
+def compile(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or not; or a model's source.")],
+    engine: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's directory; new or empty.")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the engine, name=value; may be repeated.")
+    ] = None,
+) -> None:
+    """Compile a checkpoint for an engine, and compare its answers with PyTorch's."""
+    with _told():
+        prepare_environment()
+        from flows.bundles import compile_checkpoint, engine_options
+        from tasks.engines import describe
+
+        chosen = engine_options(engine, options or [])
+        summary = compile_checkpoint(checkpoint, chosen, out)
+        typer.echo(f"{out}: {describe(chosen)}, {summary.size_bytes / 2**20:.1f} MiB")
+        if summary.parity:
+            p = summary.parity
+            typer.echo(
+                f"as PyTorch answers on {p.num_positions} positions: largest difference of a logit "
+                f"{max(p.max_abs_error, p.decode_max_abs_error):.2g}, KL {p.kl_nats:.2g} nats, "
+                f"same likeliest token {p.top1_agreement:.1%}"
+            )
+        else:
+            typer.echo(f"built, not run here: {summary.why_not_run}")
+        for note in summary.notes:
+            typer.echo(f"note: {note}")
+        if summary.parity:
+            typer.echo(f'try it: slimline generate {out} "Once upon a time"')
+
+
+BundleArgument = Annotated[str, typer.Argument(help="An engine bundle: a directory, or models:/NAME@ALIAS.")]
+LookupOption = Annotated[
+    bool, typer.Option("--lookup", help="Propose tokens by prompt lookup: same answers, sooner where text repeats.")
+]
+DraftOption = Annotated[
+    str | None, typer.Option(help="A smaller bundle of the same engine and tokenizer, which proposes tokens.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Of the engine; left out: one per core.")]
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to go on from; - reads one from standard input.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says, or a JSON list of turns.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many of the likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest that together have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")] = None,
+    lookup: LookupOption = False,
+    draft: DraftOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, when it is finished.")] = False,
+) -> None:
+    """Answer prompts with a bundle: one as it comes, several as JSON lines."""
+    with _told():
+        _connect() if bundle.startswith("models:/") or (draft or "").startswith("models:/") else prepare_environment()
+        import sys
+
+        from pydantic import ValidationError
+
+        from flows.bundles import answer, load
+        from tasks.engines.text import Sampling
+
+        try:
+            sampling = Sampling(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=tuple(stop or ()),
+            )
+        except ValidationError as error:
+            raise ValueError("; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())) from None
+        texts = [sys.stdin.read() if text == "-" else text for text in prompts]
+        generator = load(bundle, lookup=lookup, draft=draft, threads=threads)
+        answer(generator, texts, sampling, chat=chat, as_json=as_json or len(texts) > 1)
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[
+        str, typer.Option(help="There is no authentication: keep it on this machine, or behind a proxy.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; left out: the bundle's name.")] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that generate at a time; others wait.")] = 8,
+    lookup: LookupOption = False,
+    draft: DraftOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Serve a bundle over OpenAI's HTTP interface: /v1/completions, /v1/chat/completions, /v1/models."""
+    with _told():
+        _connect() if bundle.startswith("models:/") or (draft or "").startswith("models:/") else prepare_environment()
+        from flows.bundles import load
+        from flows.serving import run
+
+        generator = load(bundle, lookup=lookup, draft=draft, threads=threads)
+        called = name or bundle.removeprefix("models:/").rstrip("/").rpartition("/")[2]
+        run(generator, called, host=host, port=port, max_concurrent=max_concurrent)
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A file, instead of standard output.")] = None,
 ) -> None:

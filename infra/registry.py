@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
@@ -248,3 +249,27 @@ def download(uri: str, out: Path) -> Path:
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, checkpoints[0], dirs_exist_ok=True)
     return checkpoints[0]
+
+
+def download_bundle(uri: str) -> Path:
+    """The engine bundle of a registered version, fetched once and kept under the home.
+
+    Raises:
+        ValueError: there is no such version, or it holds no bundle.
+    """
+    import mlflow.artifacts
+
+    found = find_version(uri)
+    folder = settings().home / "bundles" / f"{found.name}-{found.version}-{found.tags.get('sha256', '')[:12]}"
+    if not folder.exists():
+        client()  # points the function below at our server
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as partial:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"models:/{found.name}/{found.version}", dst_path=str(Path(partial) / "model")
+            )
+            (Path(partial) / "model").rename(folder)
+    manifests = list(folder.rglob("manifest.json"))
+    if len(manifests) != 1:
+        raise ValueError(f"{uri} must hold one engine bundle; it holds {len(manifests)}. Name a version of a flow's.")
+    return manifests[0].parent

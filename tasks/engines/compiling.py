@@ -4,7 +4,9 @@ A bundle is a directory: the engine's own files, the tokenizer, and manifest.jso
 options, the precision the engine says it used, library versions, and the SHA-256 of every file.
 """
 
+import argparse
 import hashlib
+import inspect
 import json
 import platform
 import shutil
@@ -19,15 +21,17 @@ from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokeni
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
 from tasks.engines import Engine, PyTorch
+from tasks.engines.blame import first_difference
 from tasks.engines.genai_files import end_tokens
-from tasks.engines.parity import Parity, compare
+from tasks.engines.naming import describe
+from tasks.engines.parity import Parity, compare, tolerance
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import TextGenerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.engines.generation import Session
+    from tasks.engines.generation import Ids, Session
 
 MANIFEST = "manifest.json"
 PARITY_WINDOWS = 4
@@ -66,19 +70,20 @@ class EngineSummary(BaseModel, frozen=True, extra="forbid"):
 
 
 def compile_engine(
-    *, checkpoint: Path, data: Path, engine: Engine, threads: int, out: Path, report: Report = silent
+    *, checkpoint: Path, data: Path | None, engine: Engine, threads: int, out: Path, report: Report = silent
 ) -> EngineSummary:
     """Compile `checkpoint` for `engine`, write the bundle, load it as a user would, and compare it with PyTorch.
 
     Args:
         checkpoint: plain or quantized checkpoint directory.
-        data: prepared tokens; the first evaluation windows are what both read.
+        data: prepared tokens; the first evaluation windows are what both read. None: a Python module's text.
         engine: options of one engine.
         threads: of both engines.
         out: receives the bundle.
 
     Raises:
-        ValueError: the engine's library is missing, it cannot compile this checkpoint, or its answers are not finite.
+        ValueError: the engine's library is missing, it cannot compile this checkpoint, or its answers are beyond the
+            tolerance; the message names the first layer that differs.
     """
     if problem := engine.missing():
         raise ValueError(problem)
@@ -96,12 +101,13 @@ def compile_engine(
         report(2, 3, {})
         reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
         try:
-            windows = load_tokens(data, "evaluation")[:PARITY_WINDOWS, :PARITY_LENGTH].astype(np.int64)
+            windows = _windows(checkpoint, data, min(session.max_length, reference.max_length))
             parity = compare(session, reference, windows)
             facts = dict(session.facts)
         finally:
             session.close()
             reference.close()
+        _refuse_difference(checkpoint, engine, windows, parity, threads)
     manifest = Manifest(
         engine=engine,
         status="run" if parity else "built, not run here",
@@ -124,6 +130,27 @@ def compile_engine(
         parity=parity,
         notes=notes,
     )
+
+
+def _windows(checkpoint: Path, data: Path | None, max_length: int) -> "Ids":
+    """[num_windows, length] token ids that an engine and PyTorch both read."""
+    length = min(PARITY_LENGTH, max_length)
+    if data is not None:
+        return load_tokens(data, "evaluation")[:PARITY_WINDOWS, :length].astype(np.int64)
+    tokens = load_tokenizer(checkpoint).encode(inspect.getsource(argparse), add_special_tokens=False)
+    tokens = tokens[: len(tokens) // length * length][: PARITY_WINDOWS * length]
+    return np.array(tokens, dtype=np.int64).reshape(-1, length)
+
+
+def _refuse_difference(checkpoint: Path, engine: Engine, windows: "Ids", parity: Parity, threads: int) -> None:
+    allowed = tolerance(engine, checkpoint)
+    if broken := allowed.broken_by(parity):
+        layer, first = first_difference(checkpoint, engine, windows, allowed, threads=threads)
+        raise ValueError(
+            f"{describe(engine)} must answer as PyTorch does on the same checkpoint; {broken}. The first layer that "
+            f"differs is {layer} ({first}). Do not serve this bundle; compile with other options of the engine, or "
+            "report it with the checkpoint."
+        )
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -122,7 +122,7 @@ class TextGenerator:
             ValueError: a prompt is empty, or too long with `max_new_tokens` for the model.
         """
         for index, prompt in enumerate(prompts):
-            self._check(index, prompt, sampling.max_new_tokens)
+            self.check(index, prompt, sampling.max_new_tokens)
         writers = [_Writer(self.tokenizer, sampling.stop) for _ in prompts]
 
         def on_token(index: int, token: int) -> bool:
@@ -148,11 +148,12 @@ class TextGenerator:
             )
         return answers, work
 
-    def close(self) -> None:
-        """Frees the model."""
-        self.runtime.close()
+    def check(self, index: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Refuses a prompt, the `index`-th, that the model cannot take.
 
-    def _check(self, index: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+        Raises:
+            ValueError: it is empty, too long with `max_new_tokens`, or holds what is no token.
+        """
         if not prompt:
             raise ValueError(f"A prompt must have at least one token; prompt {index} has none.")
         longest = self.runtime.max_length
@@ -161,6 +162,13 @@ class TextGenerator:
                 f"A sequence may have at most {longest} tokens; prompt {index} has {len(prompt)} and {max_new_tokens} "
                 "new ones do not fit. Ask for fewer, or compile the engine with a larger max_length."
             )
+        vocab_size = len(self.tokenizer)
+        if strange := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(f"Tokens must be from 0 to {vocab_size - 1}; prompt {index} holds {strange[0]}.")
+
+    def close(self) -> None:
+        """Frees the model."""
+        self.runtime.close()
 
 
 @dataclass
