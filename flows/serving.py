@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -280,8 +281,10 @@ def run(generator: TextGenerator, name: str, *, host: str, port: int, max_concur
             listener.bind((host, port))
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; name another with --port", f"{host}:{port}") from error
+        listener.listen()  # from here on clients wait and are not refused
         base = f"http://{host}:{listener.getsockname()[1]}"
         typer.echo(f"{name} is served at {base}/v1 (OpenAI's interface); stop with Ctrl-C")
         config = uvicorn.Config(build(generator, name, max_concurrent=max_concurrent), log_level="warning")
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # raised again by uvicorn after it has ended in order
+            uvicorn.Server(config).run(sockets=[listener])
     generator.close()
