@@ -84,7 +84,9 @@ def write_openvino_tokenizer(checkpoint: Path, out: Path) -> str | None:
     from tasks.engines.openvino_graph import name_nodes
 
     try:
-        converted: tuple[Any, Any] = convert_tokenizer(load_tokenizer(checkpoint), with_detokenizer=True)
+        tokenizer = load_tokenizer(checkpoint)
+        tokenizer.padding_side = "left"  # what the library expects of prompts of different length
+        converted: tuple[Any, Any] = convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:  # noqa: BLE001 - of many kinds: of what the library does not know
         return f"no tokenizer for OpenVINO GenAI: {type(error).__name__}: {error}"
     for model, name in zip(converted, OPENVINO_TOKENIZER, strict=True):

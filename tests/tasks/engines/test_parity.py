@@ -1,10 +1,15 @@
 """Parity with its theorems: nothing differs from itself, and a known difference has a known size."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tasks.engines import OnnxRuntime, OpenVino, PyTorch, TensorRT
 from tasks.engines.generation import Ids, Logits
-from tasks.engines.parity import compare
+from tasks.engines.parity import EXACT, ROUNDED, Tolerance, compare, tolerance
+from tasks.quantization import Activations, Grid, RoundToNearest
+from tasks.quantization.apply import quantize_checkpoint
 
 
 class Table:
@@ -75,6 +80,29 @@ def test_an_error_of_decoding_alone_is_seen() -> None:
 
     assert parity.max_abs_error == 0
     assert parity.decode_max_abs_error == pytest.approx(1, abs=1e-6)
+
+
+def test_a_tolerance_says_what_is_beyond_it() -> None:
+    limits = Tolerance(max_abs_error=0.5, kl_nats=0.1, top1_agreement=0.9)
+    assert limits.broken_by(compare(Table(TABLE), Table(TABLE), WINDOWS)) is None
+
+    said = limits.broken_by(compare(Table(TABLE, decoding=TABLE + 1), Table(TABLE), WINDOWS))
+    assert said == "decode_max_abs_error is 1, allowed 0.5"
+    said = limits.broken_by(compare(Table(-TABLE), Table(TABLE), WINDOWS))
+    assert said is not None
+    assert "kl_nats is" in said
+    assert "top1_agreement is 0.000, at least 0.9 is required" in said
+
+
+def test_rounding_is_allowed_where_something_is_rounded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    exact = OpenVino(precision="float32", activations="float32", kv_cache="float32")
+    assert tolerance(exact, tiny_checkpoint) == tolerance(PyTorch(), tiny_checkpoint) == EXACT
+    assert tolerance(OpenVino(precision="float32"), tiny_checkpoint) == ROUNDED
+    assert tolerance(OnnxRuntime(precision="float32"), tiny_checkpoint) == ROUNDED
+    assert tolerance(TensorRT(precision="float16"), tiny_checkpoint) == ROUNDED
+    method = RoundToNearest(weights=Grid(bits=8), activations=Activations())
+    quantize_checkpoint(checkpoint=tiny_checkpoint, data=tiny_checkpoint, method=method, out=tmp_path)
+    assert tolerance(OnnxRuntime(precision="float32", activations="float32"), tmp_path) == ROUNDED
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
