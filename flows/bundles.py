@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tasks.engines import Engine
     from tasks.engines.compiling import EngineSummary
     from tasks.engines.text import Answer, Sampling, TextGenerator, Work
+    from tasks.engines.tuning import Tuned
 
 
 def engine_options(name: str, options: Sequence[str]) -> "Engine":
@@ -87,6 +88,21 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
+def tune(bundle: Path) -> "Tuned":
+    """Searches a bundle's fastest settings on this machine, and keeps them in its manifest."""
+    from tasks.engines.tuning import Tuned
+
+    with stage_progress("tune") as show:
+        tuned, _ = run_isolated(
+            "tasks.engines.compiling:tune_bundle",
+            {"bundle": bundle.resolve(), "num_cores": settings().num_threads},
+            result=Tuned,
+            log_path=settings().home / "logs" / f"tune-{bundle.name}-{int(time.time())}.log",
+            on_progress=show,
+        )
+    return tuned
+
+
 def find_bundle(name: str) -> Path:
     """The directory of a bundle: as named, or of a registered version, which is fetched once.
 
@@ -111,7 +127,7 @@ def load(bundle: str, *, lookup: bool, draft: str | None, threads: int | None) -
 
     return load_generator(
         find_bundle(bundle),
-        threads=threads or settings().num_threads,
+        threads=threads or settings().threads,
         lookup=Lookup() if lookup else None,
         draft=find_bundle(draft) if draft else None,
     )

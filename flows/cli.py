@@ -145,7 +145,25 @@ LookupOption = Annotated[
 DraftOption = Annotated[
     str | None, typer.Option(help="A smaller bundle of the same engine and tokenizer, which proposes tokens.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Of the engine; left out: one per core.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Of the engine; left out: as tuned, else one per core.")]
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="An engine bundle's directory; its manifest is changed.")],
+) -> None:
+    """Find the settings with which a bundle is fastest on this machine: threads, KV cache, precision, graph level."""
+    with _told():
+        prepare_environment()
+        from flows import bundles
+
+        tuned = bundles.tune(bundles.find_bundle(str(bundle)))
+        typer.echo(f"{'setting':<20} {'value':<10} {'TTFT ms':>8} {'TPOT ms':>8}   ({tuned.prompt_tokens} tokens read)")
+        for trial in tuned.trials:
+            line = f"{trial.setting:<20} {trial.value!s:<10} {trial.ttft_ms:>8.1f} {trial.tpot_ms:>8.2f}"
+            typer.echo(f"{line}   {'answers differ: ' + trial.refused if trial.refused else ''}".rstrip())
+        chosen = "".join(f", {name} {value}" for name, value in tuned.options.items())
+        typer.echo(f"kept in {bundle / 'manifest.json'}: threads {tuned.threads}{chosen}")
 
 
 @app.command()

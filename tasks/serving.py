@@ -3,7 +3,6 @@
 MLflow runs this file by itself (models from code), wherever the version is loaded; `tasks` travels with it.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ class Generator(PythonModel):
     """Generates with an engine."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the engine on all cores this process may use."""
+        """Load the engine, on as many threads as tuning found or else on all cores this process may use."""
         from tasks.engines.compiling import load_generator
 
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.generator = load_generator(Path(context.artifacts["bundle"]), threads=threads)
+        self.generator = load_generator(Path(context.artifacts["bundle"]), threads=None)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

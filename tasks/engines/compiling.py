@@ -8,7 +8,10 @@ import argparse
 import hashlib
 import inspect
 import json
+import logging
+import os
 import platform
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +30,14 @@ from tasks.engines.naming import describe
 from tasks.engines.parity import Parity, compare, tolerance
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import TextGenerator
+from tasks.engines.tuning import Tuned, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tasks.engines.generation import Ids, Session
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PARITY_WINDOWS = 4
@@ -55,6 +61,12 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     processor: str = Field(description="Where it was compiled and compared.")
     checkpoint_files: dict[str, str] = Field(description="SHA-256 of every file of the checkpoint it was made from.")
     files: dict[str, str] = Field(description="SHA-256 of every file of the bundle but this one.")
+    tuned: Tuned | None = Field(None, description="The fastest settings found, and where; None: not searched.")
+
+    @property
+    def tuned_engine(self) -> Engine:
+        """The engine's options with what tuning changed."""
+        return self.engine.model_copy(update=self.tuned.options) if self.tuned else self.engine
 
 
 class EngineSummary(BaseModel, frozen=True, extra="forbid"):
@@ -118,8 +130,7 @@ def compile_engine(
         checkpoint_files=_digests(checkpoint),
         files=_digests(out),
     )
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
-    (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _write_manifest(out, manifest)
     report(3, 3, {})
     return EngineSummary(
         status=manifest.status,
@@ -130,6 +141,26 @@ def compile_engine(
         parity=parity,
         notes=notes,
     )
+
+
+def _write_manifest(bundle: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    partial = bundle / f"{MANIFEST}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(bundle / MANIFEST)
+
+
+def tune_bundle(*, bundle: Path, num_cores: int, report: Report = silent) -> Tuned:
+    """Searches the fastest settings of a bundle on this machine, and writes them into its manifest.
+
+    Raises:
+        ValueError: see `load_bundle` and `tuning.tune`.
+    """
+    manifest = _runnable(bundle, verify=True)
+    windows = _windows(bundle, None, PARITY_LENGTH)
+    tuned = tune(bundle, manifest.engine, windows=windows, num_cores=num_cores, processor=_processor(), report=report)
+    _write_manifest(bundle, manifest.model_copy(update={"tuned": tuned}))
+    return tuned
 
 
 def _windows(checkpoint: Path, data: Path | None, max_length: int) -> "Ids":
@@ -179,15 +210,16 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
     Raises:
         ValueError: a file was changed or lost, or this machine cannot run the engine.
     """
-    return _runnable(bundle, verify).engine.load(bundle, threads=threads), load_tokenizer(bundle)
+    return _runnable(bundle, verify).tuned_engine.load(bundle, threads=threads), load_tokenizer(bundle)
 
 
 def load_generator(
-    bundle: Path, *, threads: int, lookup: Lookup | None = None, draft: Path | None = None, verify: bool = True
+    bundle: Path, *, threads: int | None, lookup: Lookup | None = None, draft: Path | None = None, verify: bool = True
 ) -> TextGenerator:
     """A bundle ready to answer prompts.
 
     Args:
+        threads: of the engine. None: as tuning found, else one per core this process may use.
         lookup: propose tokens by prompt lookup; the answers stay what they are without.
         draft: a bundle of the same engine with the same tokenizer, which proposes tokens.
         verify: see `load_bundle`.
@@ -198,7 +230,9 @@ def load_generator(
     manifest = _runnable(bundle, verify)
     if draft:
         _check_draft(bundle, manifest, draft, _runnable(draft, verify))
-    runtime = runtime_of(manifest.engine, bundle, threads=threads, lookup=lookup, draft=draft)
+    if threads is None:
+        threads = manifest.tuned.threads if manifest.tuned else num_cores()
+    runtime = runtime_of(manifest.tuned_engine, bundle, threads=threads, lookup=lookup, draft=draft)
     tokenizer = load_tokenizer(bundle)
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return TextGenerator(runtime, tokenizer, end_tokens(bundle) or own)
@@ -222,9 +256,35 @@ def _runnable(bundle: Path, verify: bool) -> Manifest:
     manifest = read_manifest(bundle)
     if verify:
         _verify(bundle, manifest)
-    if problem := manifest.engine.missing() or manifest.engine.cannot_run():
+    if problem := manifest.engine.missing() or _too_old(bundle, manifest) or manifest.engine.cannot_run():
         raise ValueError(problem)
+    here = {"versions": _versions(LIBRARIES[manifest.engine.engine]), "processor": _processor()}
+    for what, found in here.items():
+        if found != (there := getattr(manifest, what)):
+            logger.warning(
+                "%s was compiled and compared on %s %s; here it is %s. Speed and last digits may differ.",
+                bundle,
+                what,
+                there,
+                found,
+            )
     return manifest
+
+
+def _too_old(bundle: Path, manifest: Manifest) -> str | None:
+    """Why a library here cannot read what a newer one wrote; None if none is older, by major and minor version."""
+    here = _versions(LIBRARIES[manifest.engine.engine])
+    for name, there in manifest.versions.items():
+        if name in here and _release(here[name]) < _release(there):
+            return (
+                f"{bundle} was compiled with {name} {there}; here is {here[name]}, which is older and may read it "
+                f"wrongly. Install {name} {there}, or compile the checkpoint again here."
+            )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _verify(bundle: Path, manifest: Manifest) -> None:
@@ -265,3 +325,8 @@ def _processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -33,6 +33,9 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         "with a scale per position. float32: the inputs as they are, exact and slow. Float weights are not affected, "
         "nor are layers whose inputs the checkpoint itself rounds (W8A8): these are computed as it says.",
     )
+    graph_optimization: Literal["all", "extended", "basic"] = Field(
+        "all", description="How far ONNX Runtime rewrites the graph when it is loaded: its own levels."
+    )
     max_length: int = Field(8192, ge=1, description="Longest sequence, prompt and new tokens; at most the model's own.")
 
     @property
@@ -79,7 +82,7 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
 
     def load(self, bundle: Path, *, threads: int) -> "OnnxRuntimeSession":
         """A session on `threads` threads."""
-        return OnnxRuntimeSession(bundle, threads=threads)
+        return OnnxRuntimeSession(bundle, threads=threads, graph_optimization=self.graph_optimization)
 
 
 class OnnxRuntimeSession:
@@ -90,10 +93,15 @@ class OnnxRuntimeSession:
     scratch memory grows with the room, not with what is used of it.
     """
 
-    def __init__(self, bundle: Path, *, threads: int) -> None:
+    def __init__(
+        self, bundle: Path, *, threads: int, graph_optimization: Literal["all", "extended", "basic"] = "all"
+    ) -> None:
         import onnxruntime
 
         settings = onnxruntime.SessionOptions()
+        settings.graph_optimization_level = getattr(
+            onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{graph_optimization.upper()}"
+        )
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3

@@ -98,6 +98,36 @@ def test_changed_and_lost_files_are_refused(compiled: tuple[Path, EngineSummary]
         load_bundle(bundle, threads=1)
 
 
+def _with(bundle: Path, out: Path, **changes: object) -> Path:
+    """A copy of a bundle whose manifest says something else."""
+    shutil.copytree(bundle, out)
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps(manifest | changes))
+    return out
+
+
+def test_a_bundle_of_a_newer_library_is_refused_before_it_is_read(compiled, tmp_path: Path) -> None:
+    newer = _with(compiled[0], tmp_path / "newer", versions={"onnxruntime": "99.1.0"})
+    (newer / "model.onnx").chmod(0o000)
+    with pytest.raises(ValueError, match=r"compiled with onnxruntime 99\.1\.0; here is .* older"):
+        load_generator(newer, threads=1, verify=False)
+
+
+def test_another_machine_or_an_older_library_is_pointed_out(compiled, tmp_path: Path, caplog) -> None:
+    older = _with(compiled[0], tmp_path / "older", versions={"onnxruntime": "1.2.0"}, processor="Abacus 3000")
+    load_bundle(older, threads=1)
+    assert "1.2.0" in caplog.text
+    assert "Abacus 3000" in caplog.text
+
+
+def test_a_damaged_graph_is_refused_in_words(compiled, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(compiled[0], damaged)
+    (damaged / "model.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"model\.onnx of the engine bundle .* was changed"):
+        load_generator(damaged, threads=1)
+
+
 def test_a_directory_without_manifest_is_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         load_bundle(tiny_checkpoint, threads=1)

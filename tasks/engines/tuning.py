@@ -1,0 +1,168 @@
+"""The settings with which a bundle is fastest on this machine, found by measuring and kept in its manifest.
+
+One setting after the other: all its values are measured in interleaved rounds, so that a noisy machine slows all alike,
+and the fastest is kept if it gains more than the noise. Values that change the arithmetic are kept only if the answers
+stay within the engine's tolerance of those before.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from tasks.calibration.progress import Report, silent
+from tasks.engines.parity import ROUNDED, compare
+
+if TYPE_CHECKING:
+    from tasks.engines import Engine
+    from tasks.engines.generation import Ids, Session
+
+SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "onnxruntime": {"graph_optimization": ("all", "extended", "basic")},
+    "openvino": {"kv_cache": ("uint8", "float16", "float32"), "precision": ("float32", "bfloat16")},
+}
+"""What is tried per engine, besides the number of threads; options of the engine that apply when it is loaded."""
+
+MIN_GAIN = 0.03
+"""A setting must be faster by this fraction: rounds of the same setting differ by about as much."""
+
+
+class Trial(BaseModel, frozen=True, extra="forbid"):
+    """One value of one setting."""
+
+    setting: str
+    value: str | int
+    ttft_ms: float = Field(description="Of a prompt at batch size 1, median over rounds.")
+    tpot_ms: float
+    refused: str | None = Field(None, description="Why it was not taken however fast it is.")
+
+
+class Tuned(BaseModel, frozen=True, extra="forbid"):
+    """What was found, on which processor and with what."""
+
+    processor: str
+    num_cores: int
+    threads: int
+    options: dict[str, str] = Field(description="Options of the engine that differ from those it was compiled with.")
+    prompt_tokens: int
+    new_tokens: int
+    trials: tuple[Trial, ...]
+
+
+class _Timing(NamedTuple):
+    ttft_ms: float
+    tpot_ms: float
+
+
+def tune(
+    bundle: Path,
+    engine: "Engine",
+    *,
+    windows: "Ids",
+    num_cores: int,
+    processor: str,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    num_rounds: int = 7,
+    report: Report = silent,
+) -> Tuned:
+    """Searches threads and the engine's settings for the least time of a request that writes as much as it reads.
+
+    Args:
+        windows: [num_windows, length] token ids of text, on which answers are compared.
+        num_cores: the most threads to try.
+        processor: its name, to be kept with what is found.
+
+    Raises:
+        ValueError: the engine has no settings to try, or the model is too short for such a request.
+    """
+    if engine.engine not in SETTINGS:
+        raise ValueError(
+            f"Settings are searched for the engines {', '.join(SETTINGS)}; got {engine.engine!r}, whose compiler "
+            "searches its kernels itself."
+        )
+    best, threads = engine, num_cores
+    trials: list[Trial] = []
+    counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < num_cores), num_cores}, reverse=True)
+    steps = [("threads", counts), *SETTINGS[engine.engine].items()]
+    for number, (setting, values) in enumerate(steps):
+        first = threads if setting == "threads" else getattr(best, setting)
+        ordered: list[Any] = [first, *(value for value in values if value != first)]
+        choices = [
+            (best, value) if setting == "threads" else (best.model_copy(update={setting: value}), threads)
+            for value in ordered
+        ]
+        with _sessions(bundle, choices) as sessions:
+            timings = _time_interleaved(sessions, prompt_tokens, new_tokens, num_rounds)
+            refused = [_refusal(session, sessions[0], windows) for session in sessions]
+        trials += [
+            Trial(setting=setting, value=value, ttft_ms=t.ttft_ms, tpot_ms=t.tpot_ms, refused=why)
+            for value, t, why in zip(ordered, timings, refused, strict=True)
+        ]
+        times = [
+            t.ttft_ms + (prompt_tokens - 1) * t.tpot_ms if why is None else float("inf")
+            for t, why in zip(timings, refused, strict=True)
+        ]
+        winner = int(np.argmin(times))
+        if times[winner] < (1 - MIN_GAIN) * times[0]:
+            best, threads = choices[winner]
+        report(number + 1, len(steps), {})
+    changed = {name: str(getattr(best, name)) for name in SETTINGS[engine.engine]}
+    return Tuned(
+        processor=processor,
+        num_cores=num_cores,
+        threads=threads,
+        options={name: value for name, value in changed.items() if value != getattr(engine, name)},
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        trials=tuple(trials),
+    )
+
+
+@contextmanager
+def _sessions(bundle: Path, choices: "list[tuple[Engine, int]]") -> "Iterator[list[Session]]":
+    with ExitStack() as stack:
+        sessions: list[Session] = []
+        for engine, threads in choices:
+            sessions.append(engine.load(bundle, threads=threads))
+            stack.callback(sessions[-1].close)
+        yield sessions
+
+
+def _time_interleaved(sessions: "list[Session]", prompt_tokens: int, new_tokens: int, num_rounds: int) -> list[_Timing]:
+    """Medians over rounds; every round has its own prompt, and the first warms up."""
+    longest = min(session.max_length for session in sessions)
+    if prompt_tokens + new_tokens > longest:
+        raise ValueError(
+            f"Tuning reads {prompt_tokens} tokens and writes {new_tokens}; the model takes {longest} in all. Ask for "
+            "fewer."
+        )
+    random = np.random.default_rng(0)
+    found: list[list[_Timing]] = [[] for _ in sessions]
+    for round_number in range(num_rounds + 1):
+        prompt = random.integers(0, sessions[0].vocab_size, (1, prompt_tokens))
+        for session, timings in zip(sessions, found, strict=True):
+            timing = _time(session, prompt, new_tokens)
+            if round_number:
+                timings.append(timing)
+    return [_Timing(median(t.ttft_ms for t in each), median(t.tpot_ms for t in each)) for each in found]
+
+
+def _time(session: "Session", prompt: "Ids", new_tokens: int) -> _Timing:
+    started_at = time.perf_counter()
+    token = session.prefill(prompt)[:, -1].argmax(-1)
+    first_at = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = session.decode(token).argmax(-1)
+    ended_at = time.perf_counter()
+    return _Timing(1000 * (first_at - started_at), 1000 * (ended_at - first_at) / (new_tokens - 1))
+
+
+def _refusal(session: "Session", original: "Session", windows: "Ids") -> str | None:
+    """Why a session's answers are not those of the original."""
+    return None if session is original else ROUNDED.broken_by(compare(session, original, windows))
