@@ -130,6 +130,11 @@ def compile(
                 f"{max(p.max_abs_error, p.decode_max_abs_error):.2g}, KL {p.kl_nats:.2g} nats, "
                 f"same likeliest token {p.top1_agreement:.1%}"
             )
+            said = f"greedy text: {p.greedy.num_same} of {p.greedy.num_sequences} the same for "
+            said += f"{p.greedy.num_new_tokens} tokens"
+            if parted := p.greedy.first_divergence:
+                said += f"; the first parts at token {parted.position + 1}, {parted.logit_gap:.2g} logits apart"
+            typer.echo(said)
         else:
             typer.echo(f"built, not run here: {summary.why_not_run}")
         for note in summary.notes:

@@ -13,6 +13,23 @@ if TYPE_CHECKING:
     from tasks.engines import Engine
 
 
+class Divergence(BaseModel, frozen=True, extra="forbid"):
+    """Where two greedy texts part."""
+
+    sequence: int
+    position: int = Field(description="Of the first token that differs, counted from the first new one.")
+    logit_gap: float = Field(description="By how much the reference finds its own token likelier, in logits.")
+
+
+class Greedy(BaseModel, frozen=True, extra="forbid"):
+    """Whether both write the same tokens."""
+
+    num_sequences: int
+    num_same: int
+    num_new_tokens: int
+    first_divergence: Divergence | None = Field(description="The earliest of all sequences; None: there is none.")
+
+
 class Parity(BaseModel, frozen=True, extra="forbid"):
     """Differences between two sessions, over `num_positions` next-token distributions."""
 
@@ -23,6 +40,7 @@ class Parity(BaseModel, frozen=True, extra="forbid"):
     decode_max_abs_error: float = Field(description="Largest difference of a logit when decoding token by token.")
     decode_kl_nats: float = Field(description="Mean KL(reference ‖ candidate) when decoding token by token.")
     num_positions: int
+    greedy: Greedy
 
 
 class Tolerance(BaseModel, frozen=True, extra="forbid"):
@@ -67,10 +85,13 @@ def tolerance(engine: "Engine", checkpoint: Path) -> Tolerance:
     return EXACT if exact and not rounds and not quantization.get("kv_cache_scheme") else ROUNDED
 
 
-def compare(candidate: Session, reference: Session, windows: Ids, *, num_decoded: int = 4) -> Parity:
+def compare(
+    candidate: Session, reference: Session, windows: Ids, *, num_decoded: int = 4, num_new_tokens: int = 16
+) -> Parity:
     """How far `candidate` is from `reference` on token ids [num_windows, length] int64.
 
-    Every window is read at once, and its last `num_decoded` tokens once more one by one, through the KV cache.
+    Every window is read at once, and its last `num_decoded` tokens once more one by one, through the KV cache; then
+    both write after the first half of each, `num_new_tokens` or as many as the window has left.
 
     Raises:
         ValueError: the vocabularies differ, or a session answers with something that is not a finite number.
@@ -82,6 +103,7 @@ def compare(candidate: Session, reference: Session, windows: Ids, *, num_decoded
         )
     largest = total = kl = decoded = decoded_kl = 0.0
     agreed = num_positions = 0
+    half = windows.shape[1] // 2
     for window in windows:
         row = window[None].astype(np.int64)
         ours, theirs = candidate.prefill(row, row.shape[1])[0], reference.prefill(row, row.shape[1])[0]
@@ -104,7 +126,42 @@ def compare(candidate: Session, reference: Session, windows: Ids, *, num_decoded
         decode_max_abs_error=decoded,
         decode_kl_nats=decoded_kl,
         num_positions=num_positions,
+        greedy=compare_greedy(
+            candidate, reference, windows[:, :half].astype(np.int64), min(num_new_tokens, windows.shape[1] - half)
+        ),
     )
+
+
+def compare_greedy(candidate: Session, reference: Session, prompts: Ids, num_new_tokens: int) -> Greedy:
+    """Whether both go on alike after prompts [num_sequences, length] int64, always with the likeliest token."""
+    ours, _ = _write(candidate, prompts, num_new_tokens)
+    theirs, logits = _write(reference, prompts, num_new_tokens)
+    parted = [
+        (int((row != expected).argmax()), index)
+        for index, (row, expected) in enumerate(zip(ours, theirs, strict=True))
+        if (row != expected).any()
+    ]
+    first = None
+    if parted:
+        position, index = min(parted)
+        at = logits[position, index]
+        gap = float(at[theirs[index, position]] - at[ours[index, position]])
+        first = Divergence(sequence=index, position=position, logit_gap=gap)
+    return Greedy(
+        num_sequences=len(prompts),
+        num_same=len(prompts) - len(parted),
+        num_new_tokens=num_new_tokens,
+        first_divergence=first,
+    )
+
+
+def _write(session: Session, prompts: Ids, num_new_tokens: int) -> tuple[Ids, Logits]:
+    """[num_sequences, num_new_tokens] greedy tokens, and the logits they were the largest of, tokens first."""
+    logits = [session.prefill(prompts)[:, -1]]
+    while len(logits) < num_new_tokens:
+        logits.append(session.decode(logits[-1].argmax(-1)))
+    every = np.stack(logits)
+    return every.argmax(-1).T, every
 
 
 def _decode(candidate: Session, row: Ids, num_decoded: int) -> Logits:

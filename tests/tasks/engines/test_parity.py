@@ -7,7 +7,7 @@ import pytest
 
 from tasks.engines import OnnxRuntime, OpenVino, PyTorch, TensorRT
 from tasks.engines.generation import Ids, Logits
-from tasks.engines.parity import EXACT, ROUNDED, Tolerance, compare, tolerance
+from tasks.engines.parity import EXACT, ROUNDED, Divergence, Tolerance, compare, compare_greedy, tolerance
 from tasks.quantization import Activations, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 
@@ -80,6 +80,21 @@ def test_an_error_of_decoding_alone_is_seen() -> None:
 
     assert parity.max_abs_error == 0
     assert parity.decode_max_abs_error == pytest.approx(1, abs=1e-6)
+
+
+def test_greedy_texts_part_where_the_likeliest_tokens_do() -> None:
+    """After token t comes t + 1; the other says 5 after 3, which the reference finds 0.25 less likely than 4."""
+    table = np.array([[-((t - row - 1) % 6) for t in range(6)] for row in range(6)], np.float32)
+    table[3, 5] = -0.25
+    other = table.copy()
+    other[3, 5] = 0.25
+    prompts = np.array([[4], [0], [2]])
+
+    greedy = compare_greedy(Table(other), Table(table), prompts, num_new_tokens=3)
+
+    assert (greedy.num_sequences, greedy.num_same, greedy.num_new_tokens) == (3, 2, 3)
+    assert greedy.first_divergence == Divergence(sequence=2, position=1, logit_gap=0.25)
+    assert compare_greedy(Table(table), Table(table), prompts, num_new_tokens=3).first_divergence is None
 
 
 def test_a_tolerance_says_what_is_beyond_it() -> None:
