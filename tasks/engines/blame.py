@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.calibration.architectures import architecture
 from tasks.calibration.tensor_files import Tensors
 from tasks.engines.generation import Ids
-from tasks.engines.parity import Tolerance, compare
+from tasks.engines.parity import Tolerance, ask, compare
 from tasks.engines.pytorch import PyTorch
 
 if TYPE_CHECKING:
@@ -56,11 +56,14 @@ def _broken(
         cut(checkpoint, num_layers, part)
         engine.compile(part, bundle)
         session = engine.load(bundle, threads=threads)
-        reference = PyTorch(precision="float32").load(part, threads=threads)
         try:
-            return tolerance.broken_by(compare(session, reference, windows))
+            said = ask(session, windows)
         finally:
             session.close()
+        reference = PyTorch(precision="float32").load(part, threads=threads)
+        try:
+            return tolerance.broken_by(compare(said, reference, windows))
+        finally:
             reference.close()
 
 

@@ -27,7 +27,7 @@ from tasks.engines import Engine, PyTorch
 from tasks.engines.blame import first_difference
 from tasks.engines.genai_files import end_tokens
 from tasks.engines.naming import describe
-from tasks.engines.parity import Parity, compare, tolerance
+from tasks.engines.parity import Parity, ask, compare, tolerance
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import TextGenerator
 from tasks.engines.tuning import Tuned, tune
@@ -111,13 +111,15 @@ def compile_engine(
     if engine.executable:
         session = engine.load(out, threads=threads)
         report(2, 3, {})
-        reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
         try:
-            windows = _windows(checkpoint, data, min(session.max_length, reference.max_length))
-            parity = compare(session, reference, windows)
-            facts = dict(session.facts)
+            windows = _windows(checkpoint, data, session.max_length)
+            said, facts = ask(session, windows), dict(session.facts)
         finally:
             session.close()
+        reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
+        try:
+            parity = compare(said, reference, windows)
+        finally:
             reference.close()
         _refuse_difference(checkpoint, engine, windows, parity, threads)
     manifest = Manifest(

@@ -1,6 +1,7 @@
 """An engine against PyTorch: the same checkpoint, the same inputs, how far apart are the answers, and may they be?"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +86,42 @@ def tolerance(engine: "Engine", checkpoint: Path) -> Tolerance:
     return EXACT if exact and not rounds and not quantization.get("kv_cache_scheme") else ROUNDED
 
 
-def compare(
-    candidate: Session, reference: Session, windows: Ids, *, num_decoded: int = 4, num_new_tokens: int = 16
-) -> Parity:
-    """How far `candidate` is from `reference` on token ids [num_windows, length] int64.
+@dataclass(frozen=True)
+class Answers:
+    """What a session says on some windows; kept, so that it can go before the one it is compared with comes."""
 
-    Every window is read at once, and its last `num_decoded` tokens once more one by one, through the KV cache; then
-    both write after the first half of each, `num_new_tokens` or as many as the window has left.
+    vocab_size: int
+    windows: Ids  # [num_windows, length]
+    read: list[Logits]  # [length, vocab_size] of each window, read at once
+    decoded: list[Logits]  # [num_decoded, vocab_size] of each window's last tokens, read one by one
+    written: Ids  # [num_windows, num_new_tokens] greedy tokens after the first half of each window
+
+
+def ask(session: Session, windows: Ids, *, num_decoded: int = 4, num_new_tokens: int = 16) -> Answers:
+    """A session's answers on token ids [num_windows, length] int64.
+
+    Every window is read at once, and its last `num_decoded` tokens once more one by one, through the KV cache; then it
+    writes after the first half of each, `num_new_tokens` or as many as the window has left.
+
+    Raises:
+        ValueError: it answers with something that is not a finite number.
+    """
+    rows = [window[None].astype(np.int64) for window in windows]
+    read = [session.prefill(row, row.shape[1])[0] for row in rows]
+    if not all(np.isfinite(logits).all() for logits in read):
+        raise ValueError("The engine's logits are not finite. Compile it with a higher precision.")
+    half = windows.shape[1] // 2
+    return Answers(
+        vocab_size=session.vocab_size,
+        windows=windows,
+        read=read,
+        decoded=[_decode(session, row, min(num_decoded, row.shape[1] - 1)) for row in rows],
+        written=_write(session, windows[:, :half].astype(np.int64), min(num_new_tokens, windows.shape[1] - half)),
+    )
+
+
+def compare(candidate: Session | Answers, reference: Session, windows: Ids) -> Parity:
+    """How far a candidate, or what it said on `windows`, is from `reference`, which only reads.
 
     Raises:
         ValueError: the vocabularies differ, or a session answers with something that is not a finite number.
@@ -101,23 +131,21 @@ def compare(
             f"Both must have the same vocabulary; the candidate has {candidate.vocab_size} tokens, "
             f"the reference {reference.vocab_size}."
         )
+    said = candidate if isinstance(candidate, Answers) else ask(candidate, windows)
     largest = total = kl = decoded = decoded_kl = 0.0
     agreed = num_positions = 0
-    half = windows.shape[1] // 2
-    for window in windows:
-        row = window[None].astype(np.int64)
-        ours, theirs = candidate.prefill(row, row.shape[1])[0], reference.prefill(row, row.shape[1])[0]
-        if not np.isfinite(ours).all():
-            raise ValueError("The engine's logits are not finite. Compile it with a higher precision.")
+    for window, ours, steps in zip(windows, said.read, said.decoded, strict=True):
+        theirs = reference.prefill(window[None].astype(np.int64), len(window))[0]
         difference = np.abs(ours - theirs)
         largest = max(largest, float(difference.max()))
         total += float(difference.mean(dtype=np.float64)) * len(ours)
         kl += float(_kl_nats(theirs, ours).sum())
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         num_positions += len(ours)
-        steps, expected = _decode(candidate, row, num_decoded), theirs[-num_decoded:]
+        expected = theirs[-len(steps) :]
         decoded = max(decoded, float(np.abs(steps - expected).max()))
         decoded_kl += float(_kl_nats(expected, steps).mean()) / len(windows)
+    half = windows.shape[1] // 2
     return Parity(
         max_abs_error=largest,
         mean_abs_error=total / num_positions,
@@ -126,26 +154,30 @@ def compare(
         decode_max_abs_error=decoded,
         decode_kl_nats=decoded_kl,
         num_positions=num_positions,
-        greedy=compare_greedy(
-            candidate, reference, windows[:, :half].astype(np.int64), min(num_new_tokens, windows.shape[1] - half)
-        ),
+        greedy=compare_greedy(windows[:, :half].astype(np.int64), said.written, reference),
     )
 
 
-def compare_greedy(candidate: Session, reference: Session, prompts: Ids, num_new_tokens: int) -> Greedy:
-    """Whether both go on alike after prompts [num_sequences, length] int64, always with the likeliest token."""
-    ours, _ = _write(candidate, prompts, num_new_tokens)
-    theirs, logits = _write(reference, prompts, num_new_tokens)
+def compare_greedy(prompts: Ids, written: Ids, reference: Session) -> Greedy:
+    """Whether a reference would have written the same tokens, always the likeliest.
+
+    Args:
+        prompts: [num_sequences, length].
+        written: [num_sequences, num_new_tokens] greedy tokens of another session.
+    """
+    num_new_tokens = written.shape[1]
+    logits = reference.prefill(np.concatenate([prompts, written[:, :-1]], 1), num_new_tokens)
+    expected = logits.argmax(-1)  # until the first that differs, what it would have written itself
     parted = [
-        (int((row != expected).argmax()), index)
-        for index, (row, expected) in enumerate(zip(ours, theirs, strict=True))
-        if (row != expected).any()
+        (int((row != own).argmax()), index)
+        for index, (row, own) in enumerate(zip(written, expected, strict=True))
+        if (row != own).any()
     ]
     first = None
     if parted:
         position, index = min(parted)
-        at = logits[position, index]
-        gap = float(at[theirs[index, position]] - at[ours[index, position]])
+        at = logits[index, position]
+        gap = float(at[expected[index, position]] - at[written[index, position]])
         first = Divergence(sequence=index, position=position, logit_gap=gap)
     return Greedy(
         num_sequences=len(prompts),
@@ -155,13 +187,12 @@ def compare_greedy(candidate: Session, reference: Session, prompts: Ids, num_new
     )
 
 
-def _write(session: Session, prompts: Ids, num_new_tokens: int) -> tuple[Ids, Logits]:
-    """[num_sequences, num_new_tokens] greedy tokens, and the logits they were the largest of, tokens first."""
-    logits = [session.prefill(prompts)[:, -1]]
-    while len(logits) < num_new_tokens:
-        logits.append(session.decode(logits[-1].argmax(-1)))
-    every = np.stack(logits)
-    return every.argmax(-1).T, every
+def _write(session: Session, prompts: Ids, num_new_tokens: int) -> Ids:
+    """[num_sequences, num_new_tokens] greedy tokens."""
+    tokens = [session.prefill(prompts)[:, -1].argmax(-1)]
+    while len(tokens) < num_new_tokens:
+        tokens.append(session.decode(tokens[-1]).argmax(-1))
+    return np.stack(tokens, 1)
 
 
 def _decode(candidate: Session, row: Ids, num_decoded: int) -> Logits:

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.engines import OnnxRuntime, OpenVino, PyTorch, TensorRT
 from tasks.engines.generation import Ids, Logits
-from tasks.engines.parity import EXACT, ROUNDED, Divergence, Tolerance, compare, compare_greedy, tolerance
+from tasks.engines.parity import EXACT, ROUNDED, Divergence, Tolerance, ask, compare, compare_greedy, tolerance
 from tasks.quantization import Activations, Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 
@@ -90,11 +90,14 @@ def test_greedy_texts_part_where_the_likeliest_tokens_do() -> None:
     other[3, 5] = 0.25
     prompts = np.array([[4], [0], [2]])
 
-    greedy = compare_greedy(Table(other), Table(table), prompts, num_new_tokens=3)
+    greedy = compare_greedy(prompts, np.array([[5, 0, 1], [1, 2, 3], [3, 5, 0]]), Table(table))
 
     assert (greedy.num_sequences, greedy.num_same, greedy.num_new_tokens) == (3, 2, 3)
     assert greedy.first_divergence == Divergence(sequence=2, position=1, logit_gap=0.25)
-    assert compare_greedy(Table(table), Table(table), prompts, num_new_tokens=3).first_divergence is None
+    assert ask(Table(table), np.array([[2, 0]]), num_decoded=1).written.tolist() == [[3]]
+    whole = ask(Table(table), np.array([[0, 4, 2, 0, 0, 0]]))
+    assert whole.written.tolist() == [[3, 4, 5]]
+    assert compare_greedy(np.array([[0, 4, 2]]), whole.written, Table(table)).first_divergence is None
 
 
 def test_a_tolerance_says_what_is_beyond_it() -> None:
