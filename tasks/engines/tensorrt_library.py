@@ -166,7 +166,7 @@ def build_plan(graph: Path, profiles: tuple[Profile, Profile], options: "TensorR
         raise ValueError(refusal([parser.get_error(index) for index in range(parser.num_errors)]))
     config = builder.create_builder_config()
     configure(tensorrt, config, options)
-    timings = use_timing_cache(config, options.timing_cache) if options.timing_cache else None
+    _timings = use_timing_cache(config, options.timing_cache) if options.timing_cache else None  # outlives the build
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for name, (smallest, typical, largest) in profile.items():
@@ -176,8 +176,8 @@ def build_plan(graph: Path, profiles: tuple[Profile, Profile], options: "TensorR
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ValueError(not_built(log.told()))
-    if options.timing_cache and timings is not None:
-        write_cache(options.timing_cache, bytes(timings.serialize()))
+    if options.timing_cache:
+        write_cache(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     return Built(plan=bytes(plan), version=str(tensorrt.__version__), products=products(log.layers))
 
 
@@ -397,8 +397,21 @@ def refit_engine(tensorrt: Any, engine: Any, graph: Path) -> None:
         raise ValueError(f"TensorRT cannot give the plan the weights of {graph}: {log.told()}. Compile it again.")
 
 
-def create_context(tensorrt: Any, engine: Any, runtime_cache: Path | None) -> tuple[Any, Any]:
-    """An execution context, and TensorRT for RTX's cache of compiled kernels where a file for it is named.
+@dataclass
+class Kernels:
+    """TensorRT for RTX's cache of kernels compiled at load, and the configuration; a context needs both alive."""
+
+    config: Any
+    cache: Any
+    file: Path
+
+    def keep(self) -> None:
+        """Writes what was compiled into the file."""
+        write_cache(self.file, bytes(self.cache.serialize()))
+
+
+def create_context(tensorrt: Any, engine: Any, runtime_cache: Path | None) -> tuple[Any, Kernels | None]:
+    """An execution context, and the cache of compiled kernels where a file for it is named.
 
     Raises:
         ValueError: the GPU has too little memory for the context.
@@ -408,11 +421,11 @@ def create_context(tensorrt: Any, engine: Any, runtime_cache: Path | None) -> tu
     kernels = None
     if runtime_cache:
         config = engine.create_runtime_config()
-        kernels = config.create_runtime_cache()
+        kernels = Kernels(config, config.create_runtime_cache(), runtime_cache)
         content = read_cache(runtime_cache)
-        if content and not kernels.deserialize(content):
+        if content and not kernels.cache.deserialize(content):
             logger.info("%s is of another GPU, driver or version; its kernels are compiled again.", runtime_cache)
-        config.set_runtime_cache(kernels)
+        config.set_runtime_cache(kernels.cache)
         context = engine.create_execution_context(config)
     else:
         context = engine.create_execution_context()

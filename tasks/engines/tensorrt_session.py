@@ -16,7 +16,6 @@ from tasks.engines.tensorrt_library import (
     open_plan,
     out_of_memory,
     refit_engine,
-    write_cache,
 )
 from tasks.engines.tensorrt_plan import DECODE, GRAPH_FILE, PLAN_FILE, PREFILL, Bounds, PlanRecord
 
@@ -39,7 +38,6 @@ class TensorRTSession:
         if record.strip_weights:
             refit_engine(tensorrt, self._engine, bundle / GRAPH_FILE)
         self._context, self._kernels = create_context(tensorrt, self._engine, runtime_cache)
-        self._runtime_cache = runtime_cache
         self._stream = torch.cuda.Stream()
         self._profile: int | None = None
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -87,8 +85,8 @@ class TensorRTSession:
 
     def close(self) -> None:
         """Frees plan and cache, and keeps the kernels that were compiled where a file for them is named."""
-        if self._kernels is not None and self._runtime_cache:
-            write_cache(self._runtime_cache, bytes(self._kernels.serialize()))
+        if self._kernels:
+            self._kernels.keep()
         self._past, self._present, self._batch_size, self._length = [], [], 0, 0
         self._context = self._kernels = self._engine = self._runtime = None
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,21 @@ def test_second_build_of_a_process_is_told_its_own_errors(tiny_checkpoint: Path,
     built = build_plan(tmp_path / "m.onnx", shapes(decoder), OPTIONS)
     assert built.version == import_library("tensorrt_rtx").__version__
     assert sum(built.products.values()) >= 2 * (4 * 5 + 1)  # two phases; q, k, v may be one kernel, gate and up too
+
+
+def exists(module: Any, name: str) -> bool:
+    """Whether "Class" or "Class.member" is there."""
+    owner, _, member = name.partition(".")
+    return hasattr(module, owner) and (not member or hasattr(getattr(module, owner), member))
+
+
+def test_docs_map_calls_that_are_gone_to_calls_that_are_there(rtx: Any) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    table = text.partition("## Calls of old tutorials")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 20
+    gone, there = (
+        {name for row in rows for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", row[column])} for column in (0, 1)
+    )
+    assert {name for name in gone if exists(rtx, name)} == set()
+    assert {name for name in there if not exists(rtx, name)} == set()

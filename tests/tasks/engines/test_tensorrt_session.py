@@ -1,5 +1,6 @@
 """Running plans needs a GPU: those tests are skipped where there is none. What is said in words is tested anywhere."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from tasks.engines import PyTorch, TensorRT
+from tasks.engines.decoder import read_decoder
+from tasks.engines.export import export_decoder
 from tasks.engines.parity import compare
-from tasks.engines.tensorrt_library import first_gpu
+from tasks.engines.tensorrt_library import first_gpu, import_library, open_plan, refit_engine
 from tasks.engines.tensorrt_session import failure, within_gpu_memory
 from tasks.quantization import RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
@@ -184,3 +187,33 @@ def test_plan_whose_weights_can_change_answers_like_one_whose_cannot(
     assert compare(other, plain, windows).max_abs_error < 3e-2  # float16 over four layers
     plain.close()
     other.close()
+
+
+@pytest.mark.gpu
+def test_refitted_plan_answers_with_the_other_weights(
+    options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As docs/tensorrt.md has it."""
+    from safetensors.numpy import load_file, save_file
+
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    weights = load_file(other / "model.safetensors")
+    changed = {name: 1.2 * value if "mlp" in name else value for name, value in weights.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    expected = loaded(options, other, tmp_path / "expected")
+    bundle = tmp_path / "bundle"
+    loaded(options | {"refit": True}, tiny_checkpoint, bundle).close()
+
+    tensorrt = import_library(options["library"])
+    _runtime, engine = open_plan(tensorrt, (bundle / "model.plan").read_bytes(), host_code=False)
+    export_decoder(read_decoder(other), tmp_path / "new.onnx", precision="float16", max_length=options["max_length"])
+    refit_engine(tensorrt, engine, tmp_path / "new.onnx")
+    config = engine.create_serialization_config()
+    config.clear_flag(tensorrt.SerializationFlag.EXCLUDE_WEIGHTS)
+    (bundle / "model.plan").write_bytes(engine.serialize_with_config(config))
+
+    refitted = TensorRT.model_validate(options | {"refit": True}).load(bundle, threads=1)
+    windows = np.random.default_rng(6).integers(0, 512, (2, 16))
+    assert compare(refitted, expected, windows).max_abs_error < 3e-2  # float16 over four layers
+    expected.close()
+    refitted.close()
