@@ -245,6 +245,20 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
         )
         write_record(out, record)
 
+    def cannot_load(self, bundle: Path) -> str | None:
+        """Why this machine cannot run the plan in `bundle`: no GPU, another one, or another version; None if it can.
+
+        Raises:
+            ValueError: the plan's record is missing or damaged.
+        """
+        if problem := self.cannot_run():
+            return problem
+        record = read_record(bundle)
+        version = str(import_library(self.library).__version__)
+        gpu = first_gpu()
+        assert gpu  # cannot_run asked
+        return cannot_read(record, library=self.library, version=version) or cannot_execute(record, gpu)
+
     def load(self, bundle: Path, *, threads: int) -> TensorRTSession:
         """A session on the first GPU; `threads` is for engines on the CPU and is not used.
 
@@ -252,15 +266,9 @@ class TensorRT(BaseModel, frozen=True, extra="forbid"):
             ValueError: there is no GPU here that the library's runtime supports, the plan is of another version or for
                 another GPU, or it does not fit into the GPU's memory.
         """
-        if problem := self.cannot_run():
+        if problem := self.cannot_load(bundle):
             raise ValueError(problem)
-        record = read_record(bundle)
-        version = str(import_library(self.library).__version__)
-        gpu = first_gpu()
-        assert gpu  # cannot_run asked
-        if problem := cannot_read(record, library=self.library, version=version) or cannot_execute(record, gpu):
-            raise ValueError(problem)
-        return TensorRTSession(bundle, record, runtime_cache=self.runtime_cache)
+        return TensorRTSession(bundle, read_record(bundle), runtime_cache=self.runtime_cache)
 
 
 def _kinds(decoder: Decoder) -> list[str]:

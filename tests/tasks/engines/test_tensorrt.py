@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.engines import TensorRT, tensorrt
+from tasks.engines.compiling import compile_engine, load_bundle, read_manifest
 from tasks.engines.decoder import read_decoder
 from tasks.engines.export import export_decoder
 from tasks.engines.tensorrt_library import build_plan
@@ -154,6 +155,19 @@ def test_plan_is_loaded_where_its_record_says(bundle: Path, monkeypatch: pytest.
     monkeypatch.setattr(TensorRT, "cannot_run", lambda self: None)
     monkeypatch.setattr(tensorrt, "TensorRTSession", lambda directory, record, **_: (directory, record))
     assert OPTIONS.load(bundle, threads=1) == (bundle, read_record(bundle))
+
+
+@needs_builder
+def test_bundle_is_built_and_says_why_it_was_not_run(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "first_gpu", lambda: None)
+    summary = compile_engine(checkpoint=tiny_checkpoint, data=tmp_path, engine=OPTIONS, threads=1, out=tmp_path)
+    assert summary.status == "built, not run here"
+    assert "needs an NVIDIA GPU" in str(summary.why_not_run)
+    assert {"model.plan", "plan.json", "tokenizer.json"} <= read_manifest(tmp_path).files.keys()
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        load_bundle(tmp_path, threads=1)
 
 
 @needs_builder
