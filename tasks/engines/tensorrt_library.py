@@ -9,7 +9,6 @@ import ctypes
 import importlib
 import importlib.util
 import logging
-import os
 import re
 import tempfile
 from collections import Counter
@@ -228,7 +227,7 @@ def write_cache(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name + ".", delete=False) as stream:
         stream.write(content)
-    os.replace(stream.name, file)  # noqa: PTH105 Path.replace would say the same
+    Path(stream.name).replace(file)
 
 
 NO_OPERATOR = "TensorRT has no such operator, or not with these inputs"
@@ -332,9 +331,9 @@ def products(layers: list[str]) -> dict[str, int]:
     for name, kind, inputs, constants in LAYER.findall("\n".join(layers)):
         if kind != "gemm" and not re.match(r"__myl_(?:[A-Z][a-z]+)*Fc(?:[A-Z_]|$)", name):
             continue
-        activations, *others = re.findall(r"Datatype: (\w+)", inputs)
-        others += re.findall(r"Datatype: (\w+)", constants)  # weights, and what scales them
-        counts[f"{activations} × {min(others, key=lambda kind: WIDTHS.get(kind, 64))}"] += 1
+        types = re.findall(r"Datatype: (\w+)", inputs + constants)  # what is multiplied first, what scales it last
+        if len(types) >= 2:  # a log of another form tells nothing, and the plan is as good
+            counts[f"{types[0]} × {min(types[1:], key=lambda name: WIDTHS.get(name, 64))}"] += 1
     return dict(sorted(counts.items()))
 
 

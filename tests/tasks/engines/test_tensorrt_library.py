@@ -250,6 +250,7 @@ Datatype: Int4 }], Outputs: [ { Name: y, Datatype: Half }], TacticName: t"""
 def test_products_are_counted_by_what_they_read() -> None:
     assert products([LAYERS]) == {"Half × Half": 1, "Half × Int4": 1, "Int8 × Int8": 1}
     assert products([]) == {}
+    assert products(["Layers:\nName: x, LayerType: gemm, Inputs: [], Constants: [], Outputs: []"]) == {}
 
 
 @needs_builder
