@@ -108,7 +108,8 @@ def compile_engine(
     report(1, 3, {})
     facts: dict[str, str] = {}
     parity = None
-    if engine.executable:
+    why_not_run = engine.cannot_load(out)
+    if why_not_run is None:
         session = engine.load(out, threads=threads)
         report(2, 3, {})
         try:
@@ -125,7 +126,7 @@ def compile_engine(
     manifest = Manifest(
         engine=engine,
         status="run" if parity else "built, not run here",
-        why_not_run=None if parity else engine.cannot_run(),
+        why_not_run=why_not_run,
         facts=facts,
         versions=_versions(LIBRARIES[engine.engine]),
         processor=_processor(),
@@ -258,7 +259,7 @@ def _runnable(bundle: Path, verify: bool) -> Manifest:
     manifest = read_manifest(bundle)
     if verify:
         _verify(bundle, manifest)
-    if problem := manifest.engine.missing() or _too_old(bundle, manifest) or manifest.engine.cannot_run():
+    if problem := manifest.engine.missing() or _too_old(bundle, manifest) or manifest.engine.cannot_load(bundle):
         raise ValueError(problem)
     here = {"versions": _versions(LIBRARIES[manifest.engine.engine]), "processor": _processor()}
     for what, found in here.items():

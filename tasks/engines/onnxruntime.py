@@ -47,6 +47,10 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         """Why this machine cannot run what `compile` builds; None if it can."""
         return self.missing()
 
+    def cannot_load(self, bundle: Path) -> str | None:
+        """Why this machine cannot run the bundle; None if it can."""
+        return self.cannot_run()
+
     def missing(self) -> str | None:
         """Why this machine cannot compile for this engine, and what to do; None if it can."""
         absent = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]

@@ -40,6 +40,10 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
         """Why this machine cannot run what `compile` builds; None if it can."""
         return self.missing()
 
+    def cannot_load(self, bundle: Path) -> str | None:
+        """Why this machine cannot run the bundle; None if it can."""
+        return self.cannot_run()
+
     def missing(self) -> str | None:
         """What this machine lacks to compile and run it; None if nothing."""
         if importlib.util.find_spec("openvino") is None:

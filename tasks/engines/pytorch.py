@@ -30,6 +30,10 @@ class PyTorch(BaseModel, frozen=True, extra="forbid"):
         """Why this machine cannot run it; None if it can."""
         return self.missing()
 
+    def cannot_load(self, bundle: Path) -> str | None:
+        """Why this machine cannot run the bundle; None if it can."""
+        return self.cannot_run()
+
     def missing(self) -> str | None:
         """Why this machine cannot run it; None if it can."""
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
