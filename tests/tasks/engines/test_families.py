@@ -1,0 +1,232 @@
+"""Every family in every engine's graph against transformers, and what its configuration may not ask for."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tasks.engines import OnnxRuntime, OpenVino
+from tasks.engines.decoder import Decoder, read_decoder
+from tasks.engines.export import export_decoder
+from tasks.engines.families import FAMILIES
+from tests.tasks.engines import tiny_families
+from tests.tasks.engines.tiny_families import VARIANTS
+
+BATCH_SIZE, PROMPT, LENGTH = 2, 16, 24  # the windows are 5
+FLOAT32_ERROR = 5e-5  # logits are below 7; sums in another order were off by 1.5e-5 at most
+ENGINES = {
+    "onnxruntime": OnnxRuntime(precision="float32", activations="float32"),
+    "openvino": OpenVino(precision="float32", activations="float32", kv_cache="float32"),
+}
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, tiny_families.VOCAB_SIZE, (BATCH_SIZE, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a variant, made once."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> Path:
+        out = folder / name.replace(" ", "-")
+        return out if out.exists() else tiny_families.save(*VARIANTS[name], out)
+
+    return make
+
+
+def reference(checkpoint: Path) -> np.ndarray:
+    """transformers' logits [batch, length, vocab_size]."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.from_numpy(tokens())).logits.numpy()
+    return logits
+
+
+def portable_logits(decoder: Decoder, folder: Path, *, prompt: int = PROMPT) -> np.ndarray:
+    """What the portable graph computes from a prompt and then token by token, through its cache."""
+    file = folder / "model.onnx"
+    export_decoder(decoder, file, precision="float32", max_length=LENGTH)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # inputs as they are
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    caches = [f"past_key_values.{i}.{half}" for i in range(len(decoder.layers)) for half in ("key", "value")]
+    empty = np.zeros((BATCH_SIZE, decoder.num_kv_heads, 0, decoder.head_dim), np.float32)
+    past, parts = [empty] * len(caches), []
+    ends = [prompt, *range(prompt + 1, LENGTH + 1)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        feeds = {
+            "input_ids": tokens()[:, start:end],
+            "attention_mask": np.ones((BATCH_SIZE, end), np.int64),
+            "position_ids": np.tile(np.arange(start, end), (BATCH_SIZE, 1)),
+            "logit_indices": np.arange(end - start),
+        }
+        logits, *past = session.run(None, feeds | dict(zip(caches, past, strict=True)))
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
+
+
+def engine_logits(engine: str, checkpoint: Path, folder: Path) -> np.ndarray:
+    """What an engine computes from a prompt and then token by token."""
+    ENGINES[engine].compile(checkpoint, folder)
+    session = ENGINES[engine].load(folder, threads=1)
+    parts = [session.prefill(tokens()[:, :PROMPT], PROMPT)]
+    parts += [session.decode(tokens()[:, position])[:, None] for position in range(PROMPT, LENGTH)]
+    whole = session.prefill(tokens(), LENGTH)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=FLOAT32_ERROR, rtol=0)
+    last = session.prefill(tokens(), 3)
+    np.testing.assert_allclose(last, whole[:, -3:], atol=FLOAT32_ERROR, rtol=0)
+    return whole
+
+
+def test_every_family_has_a_variant() -> None:
+    assert {family for family, _ in VARIANTS.values()} == set(FAMILIES) == set(tiny_families.FAMILIES)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_computes_what_transformers_computes(
+    variant: str, engine: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    logits = engine_logits(engine, checkpoint(variant), tmp_path)
+    np.testing.assert_allclose(logits, reference(checkpoint(variant)), atol=FLOAT32_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_portable_graph_computes_what_transformers_computes(
+    variant: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    logits = portable_logits(read_decoder(checkpoint(variant)), tmp_path)
+    np.testing.assert_allclose(logits, reference(checkpoint(variant)), atol=FLOAT32_ERROR, rtol=0)
+
+
+def without_biases(decoder: Decoder) -> Decoder:
+    none = {f"{name}_bias": None for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    return dataclasses.replace(decoder, layers=tuple(dataclasses.replace(layer, **none) for layer in decoder.layers))
+
+
+def with_layers(**values: Any) -> Callable[[Decoder], Decoder]:
+    def change(decoder: Decoder) -> Decoder:
+        return dataclasses.replace(decoder, layers=tuple(dataclasses.replace(x, **values) for x in decoder.layers))
+
+    return change
+
+
+def with_decoder(**values: Any) -> Callable[[Decoder], Decoder]:
+    return lambda decoder: dataclasses.replace(decoder, **values)
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("mistral", with_layers(window=None)),
+        ("qwen2", with_layers(window=5)),
+        ("qwen2", without_biases),
+        ("qwen3", with_layers(k_norm=None)),
+        ("gemma2", with_decoder(attention_softcap=None)),
+        ("gemma2", with_decoder(logit_softcap=None)),
+        ("gemma2", with_decoder(embedding_scale=1.0)),
+        ("gemma2", with_decoder(activation="gelu")),
+        ("gemma2", with_layers(attention_scale=16**-0.5)),
+        ("gemma2", with_layers(attention_output_norm=None)),
+        ("gemma2", with_layers(feed_forward_output_norm=None)),
+        ("gemma3_text", with_layers(window=None)),
+        ("gpt2", with_decoder(positions=np.zeros((128, 64), np.float32))),
+        ("gpt2", without_biases),
+        ("opt", without_biases),
+        ("gpt_neox", with_decoder(parallel_residual=False)),
+        ("gpt_neox", with_layers(rotary=None)),
+    ],
+)
+def test_these_models_would_show_a_part_that_is_left_out(
+    variant: str, change: Callable[[Decoder], Decoder], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    logits = portable_logits(change(read_decoder(checkpoint(variant))), tmp_path)
+    assert np.abs(logits - reference(checkpoint(variant))).max() > 5 * FLOAT32_ERROR
+
+
+def edited(checkpoint: Path, out: Path, **entries: Any) -> Path:
+    """The same tensors with another configuration."""
+    out.mkdir()
+    (out / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **entries}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("variant", "entries", "message"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be false.*got True"),
+        ("gemma2", {"hidden_activation": "quick_gelu"}, "hidden_activation must be one of .*got 'quick_gelu'"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "got chunked"),
+        ("gemma2", {"num_hidden_layers": 2}, r"config\.json must be one that transformers takes; .*layer_types"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"must be null for Gemma 3.*got 50\.0"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window must be a number .*got null"),
+        ("phi3", {"intermediate_size": 64, "num_key_value_heads": 4}, "qkv_proj must have 192 outputs.*got 128"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be false.*got True"),
+        ("gpt2", {"activation_function": "tanh"}, "activation_function must be one of .*got 'tanh'"),
+        ("gpt2", {"n_positions": 100}, r"positions must be \[100, 64\].*got \[128, 64\]"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before must be True .*got False"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm must be False .*got True"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim must be 64 .*got 32"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine must be True .*got False"),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "got 'dynamic'"),
+    ],
+)
+def test_what_no_graph_computes_is_refused_by_name(
+    variant: str, entries: dict[str, Any], message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_decoder(edited(checkpoint(variant), tmp_path / "edited", **entries))
+
+
+def test_odd_heads_are_refused_by_onnxruntime_and_computed_by_openvino(tmp_path: Path) -> None:
+    checkpoint = tiny_families.save("gpt2", {"hidden_size": 48}, tmp_path / "checkpoint")
+    for name in ("bundle", "refused"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="multiple of 8 dimensions; these have 12"):
+        ENGINES["onnxruntime"].compile(checkpoint, tmp_path / "refused")
+    logits = engine_logits("openvino", checkpoint, tmp_path / "bundle")
+    np.testing.assert_allclose(logits, reference(checkpoint), atol=FLOAT32_ERROR, rtol=0)
+
+
+def test_longrope_ends_at_the_length_first_trained_with(checkpoint: Callable[[str], Path]) -> None:
+    assert read_decoder(checkpoint("phi3 with longrope")).max_position_embeddings == 32
+
+
+def test_defaults_of_a_short_configuration_are_those_of_transformers(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Gemma 2's own config.json has no layer_types, and Pythia's has `rotary_pct`."""
+    source = checkpoint("gemma2")
+    config = json.loads((source / "config.json").read_text())
+    short = edited(source, tmp_path / "gemma2")
+    del config["layer_types"], config["final_logit_softcapping"]
+    (short / "config.json").write_text(json.dumps(config))
+    decoder = read_decoder(short)
+    assert [layer.window for layer in decoder.layers] == [5, None, 5]
+    assert decoder.logit_softcap == 30
+
+    pythia = edited(checkpoint("gpt_neox"), tmp_path / "pythia", rope_parameters=None, rotary_pct=0.5)
+    assert read_decoder(pythia).rotaries[0].dim == 8
+
+
+def test_buffers_of_older_versions_are_not_weights(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = checkpoint("gpt_neox")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"):
+        tensors[f"gpt_neox.layers.0.{name}"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+
+    assert len(read_decoder(tmp_path).layers) == 3
