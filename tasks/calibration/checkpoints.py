@@ -22,6 +22,7 @@ from tasks.calibration.gguf_header import read_gguf_header
 from tasks.calibration.packages import package_file
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.source_quantization import FOLDER, keep_compressed_tensors, keep_gguf
+from tasks.calibration.tensor_files import as_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -310,7 +311,7 @@ def empty_model(path: Path) -> "PreTrainedModel":
         model = model_class(config)
     model.tie_weights()  # accelerate gives each its own
     headers = [_read_safetensors_header(file) for file in _safetensors_files(path)]
-    shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
+    shapes = {as_loaded(name): tensor["shape"] for header in headers for name, tensor in header.items()}
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     _refuse_missing(sorted(expected.keys() - shapes.keys()), model, path)
     for name, shape in expected.items():

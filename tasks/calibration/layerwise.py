@@ -342,6 +342,7 @@ class RestOfModel:
         self._ahead = [_Block(block, index, arguments, residence) for index, block in enumerate(blocks)]
         self._norm = model.get_submodule(family.final_norm)
         self._head = model.get_submodule(family.lm_head)
+        self._softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
 
     def advance(self) -> None:
         """Go past the next block, as it is now."""
@@ -355,4 +356,6 @@ class RestOfModel:
             for block in self._ahead:
                 hidden = block.run(hidden)
             logits: Tensor = self._head(self._norm(hidden[:, every - 1 :: every]))
+            if self._softcap is not None:
+                logits = torch.tanh(logits / self._softcap) * self._softcap
             return logits.float().log_softmax(dim=-1)

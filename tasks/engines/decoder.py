@@ -202,9 +202,8 @@ class _Tensors:
         self._weights: dict[str, Any] = {
             name: value for name, value in read_weights(checkpoint).items() if not name.endswith(family.ignored)
         }
-        self._lm_head = next((n for n in (f"{family.lm_head}.weight", "lm_head.weight") if n in self._weights), None)
-        if tied and self._lm_head:
-            del self._weights[self._lm_head]
+        if tied:
+            self._weights.pop("lm_head.weight", None)
         # A checkpoint of the bare model, without the module around it, is loaded by transformers too.
         bare = not any(name.startswith(family.base + ".") for name in self._weights)
         self._base = "" if bare else family.base + "."
@@ -214,7 +213,7 @@ class _Tensors:
         return self._take(f"{self._base}{module}.weight")
 
     def lm_head(self) -> Weight:
-        return self._take(self._lm_head or "lm_head.weight")
+        return self._take("lm_head.weight")
 
     def floats(self, module: str, parameter: str = "weight") -> Floats:
         name = f"{self._base}{module}.{parameter}"

@@ -59,7 +59,6 @@ class Family:
     position_offset: int = 0  # rows of it before position 0's
     blocks: str = "layers"
     final_norm: str = "norm"
-    lm_head: str = "lm_head"  # outside of `base`
 
     attention_norm: str = "input_layernorm"
     attention_output_norm: str | None = None
@@ -314,7 +313,6 @@ FAMILIES = {
         base="gpt_neox",
         embedding="embed_in",
         final_norm="final_layer_norm",
-        lm_head="embed_out",  # as it is stored; transformers' class calls it lm_head
         qkv="attention.query_key_value",
         qkv_rows="by head",
         o="attention.dense",
