@@ -410,11 +410,22 @@ def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Pat
         )
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"The weights of {source} do not fit its config.json: {error}") from error
-    _refuse_missing(sorted(loading["missing_keys"]), model, source)
+    missing = set(loading["missing_keys"])
+    if missing:  # compressed-tensors makes parameters of buffers, which no file holds, in Gemma's embedding
+        missing -= _buffers(model_class, config)
+    _refuse_missing(sorted(missing), model, source)
     if where is None and (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source, local_files_only=True)
     model.eval()
     return model
+
+
+def _buffers(model_class: "type[PreTrainedModel]", config: "PreTrainedConfig") -> set[str]:
+    """Names of what a model computes of its configuration."""
+    import torch
+
+    with torch.device("meta"):
+        return {name for name, _ in model_class(copy.deepcopy(config)).named_buffers()}
 
 
 def _model_class(config: "PreTrainedConfig", source: Path) -> "type[PreTrainedModel]":

@@ -89,7 +89,7 @@ def _add_decoder(graph: "_Graph", decoder: Decoder, max_length: int) -> None:
     hidden = graph.node("Gather", [embedding, "input_ids"], "embedded", axis=0)
     if decoder.embedding_scale != 1:
         hidden = graph.node(
-            "Mul", [hidden, graph.scalar("embedding.scale", decoder.embedding_scale)], "embedded.scaled"
+            "Mul", [hidden, graph.scalar("embedding_scale", decoder.embedding_scale)], "embedded.scaled"
         )
     if decoder.positions is not None:
         positions = graph.floats("positions", decoder.positions[:max_length])
