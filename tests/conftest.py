@@ -70,17 +70,12 @@ def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
-    gemma = {
-        "sliding_window": 5,
-        "layer_types": layer_types,
-        "query_pre_attn_scalar": 24,
-        "final_logit_softcapping": 3.0,
-    }
+    gemma = {"sliding_window": 5, "layer_types": layer_types, "query_pre_attn_scalar": 24}
     special = {
         "mistral": {"sliding_window": 5},
         "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": layer_types},
         "phi3": {"sliding_window": 5},
-        "gemma2": {**gemma, "attn_logit_softcapping": 2.0},
+        "gemma2": {**gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         "gemma3_text": gemma,
         "opt": {"ffn_dim": 128},
     }
