@@ -84,19 +84,16 @@ def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     @functools.cache
     def make(family: str, dtype: str = "float32") -> Path:
         torch.manual_seed(0)
+        grouped = {} if family in ("opt", "gpt_neox") else {"num_key_value_heads": 2, "head_dim": 16}
         config = AutoConfig.for_model(
             family,
             vocab_size=512,
             hidden_size=64,
-            intermediate_size=128,
             num_hidden_layers=3,
             num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
             max_position_embeddings=512,
             tie_word_embeddings=False,
-            **ids,
-            **special.get(family, {}),
+            **{"intermediate_size": 128} | grouped | ids | special.get(family, {}),
         )
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         with torch.no_grad():

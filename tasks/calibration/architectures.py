@@ -25,6 +25,7 @@ class Architecture:
     gated: bool = True  # what the last of them reads is linear in its up projection: a product with the gate
     positions: str | None = None  # the table of learned positions, an embedding
     gain_offset: float = 0.0  # norms multiply with this plus their weight
+    cache_scales: bool = True  # stock transformers with compressed-tensors rounds its KV cache by a checkpoint's scales
     # Keys of config.json that change with the structure; tuples name lists with one item per block.
     num_layers_option: str = "num_hidden_layers"
     intermediate_size_option: str = "intermediate_size"
@@ -104,6 +105,7 @@ ARCHITECTURES = {
             attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
             mlp=("fc1", "fc2"),
             gated=False,
+            cache_scales=False,
             intermediate_size_option="ffn_dim",
         ),
         Architecture(
@@ -117,6 +119,7 @@ ARCHITECTURES = {
             attention=("attention.query_key_value", "attention.dense"),
             mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
             gated=False,
+            cache_scales=False,
         ),
     )
 }

@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tasks.engines import OnnxRuntime, OpenVino
+from tasks.calibration.architectures import ARCHITECTURES, architecture
+from tasks.engines import OnnxRuntime, OpenVino, PyTorch
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import export_decoder
 from tasks.engines.families import FAMILIES
+from tasks.quantization import Grid, RoundToNearest
+from tasks.quantization.apply import quantize_checkpoint
+from tasks.quantization.checkpoint_format import read_weights
 from tests.tasks.engines import tiny_families
 from tests.tasks.engines.tiny_families import VARIANTS
 
@@ -230,3 +234,93 @@ def test_buffers_of_older_versions_are_not_weights(checkpoint: Callable[[str], P
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
 
     assert len(read_decoder(tmp_path).layers) == 3
+
+
+GRIDS = {"int8": Grid(bits=8), "int4": Grid(bits=4, group_size=16)}
+QUANTIZABLE = [family for family in FAMILIES if family in ARCHITECTURES]
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A family's checkpoint, rounded to nearest; embedding and LM head have 8 bits always."""
+    folder = tmp_path_factory.mktemp("quantized")
+
+    def make(family: str, grid: str) -> Path:
+        out = folder / f"{family}-{grid}"
+        if not out.exists():
+            out.mkdir()
+            method = RoundToNearest(weights=GRIDS[grid], embeddings=Grid(bits=8))
+            quantize_checkpoint(checkpoint=checkpoint(family), data=folder, method=method, out=out)
+        return out
+
+    return make
+
+
+def pytorch_logits(checkpoint: Path) -> np.ndarray:
+    return np.asarray(PyTorch().load(checkpoint, threads=1).prefill(tokens(), LENGTH))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("family", QUANTIZABLE)
+def test_engine_computes_with_the_integers_of_every_family(
+    family: str, grid: str, engine: str, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    logits = engine_logits(engine, quantized(family, grid), tmp_path)
+    np.testing.assert_allclose(logits, pytorch_logits(quantized(family, grid)), atol=FLOAT32_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("family", QUANTIZABLE)
+def test_portable_graph_computes_with_the_integers_of_every_family(
+    family: str, grid: str, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    logits = portable_logits(read_decoder(quantized(family, grid)), tmp_path)
+    np.testing.assert_allclose(logits, pytorch_logits(quantized(family, grid)), atol=FLOAT32_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [Grid(bits=8, symmetric=False), Grid(bits=4, symmetric=False, group_size=16)])
+@pytest.mark.parametrize(
+    ("family", "module"), [("phi3", "self_attn.qkv_proj"), ("gpt_neox", "attention.query_key_value")]
+)
+def test_parts_of_a_fused_layer_are_its_very_integers(
+    family: str, module: str, grid: Grid, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(
+        checkpoint=checkpoint(family), data=tmp_path, method=RoundToNearest(weights=grid, embeddings=None), out=tmp_path
+    )
+    whole = read_weights(tmp_path)[f"{architecture(family).block(1)}.{module}.weight"]
+    layer = read_decoder(tmp_path).layers[1]
+    for row in range(len(whole.integers)):
+        if family == "phi3":  # 64 rows of queries, 32 of keys, 32 of values
+            part, index = (layer.q, row) if row < 64 else (layer.k, row - 64) if row < 96 else (layer.v, row - 96)
+        else:  # of each of 4 heads 16 rows of queries, of keys and of values
+            head, kind, index = row // 48, row % 48 // 16, row % 16
+            part, index = (layer.q, layer.k, layer.v)[kind], 16 * head + index
+        for ours, theirs in ((part.integers, whole.integers), (part.scale, whole.scale)):
+            np.testing.assert_array_equal(ours[index], theirs[row])
+        np.testing.assert_array_equal(part.zero_point[index], whole.zero_point[row])
+        assert (part.bits, part.group_size) == (whole.bits, whole.group_size)
+
+
+@pytest.mark.parametrize("options", [{"activations": {}}, {"activations": {"static": ["*"]}}, {"kv_cache": "int8"}])
+@pytest.mark.parametrize("family", QUANTIZABLE)
+def test_onnxruntime_rounds_what_the_checkpoint_rounds(
+    family: str, options: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if "kv_cache" in options and not architecture(family).cache_scales:
+        pytest.skip("refused by quantization")
+    out, data, bundle = (tmp_path / name for name in ("out", "data", "bundle"))
+    for folder in (out, data, bundle):
+        folder.mkdir()
+    np.save(data / "calibration.npy", np.random.default_rng(1).integers(0, 512, (20, 32)).astype(np.int32))
+    method = RoundToNearest.model_validate(options)
+    quantize_checkpoint(checkpoint=checkpoint(family), data=data, method=method, out=out)
+    ENGINES["onnxruntime"].compile(out, bundle)
+    logits = ENGINES["onnxruntime"].load(bundle, threads=1).prefill(tokens(), LENGTH)
+    expected = pytorch_logits(out)
+    unrounded = reference(checkpoint(family))
+    error, cost = np.abs(logits - expected), np.abs(expected - unrounded)
+    # What lies halfway between two steps falls to either side, and its step spreads through the layers after.
+    assert np.median(error) < 0.2 * np.median(cost)
+    assert error.max() < 0.5 * np.abs(expected).max()

@@ -52,9 +52,13 @@ def test_stock_transformers_computes_what_we_do(tiny_checkpoint, tmp_path, optio
     check_against_stock_transformers(tiny_checkpoint, tmp_path, options)
 
 
-@pytest.mark.parametrize("method", ["per token", "smooth", "fp8 weights"])
+@pytest.mark.parametrize("method", ["per token", "smooth", "fp8 weights", "kv cache"])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_stock_transformers_computes_every_family_as_we_do(family_checkpoint, tmp_path, family, method):
+    if method == "kv cache" and not architecture(family).cache_scales:
+        with pytest.raises(ValueError, match=f"left out for the family {family}.*got int8"):
+            quantized(family_checkpoint(family), tmp_path, METHODS[method])
+        return
     if (family, method) == ("opt", "per token"):
         pytest.skip(
             "compressed-tensors 0.20 finds no tokens in inputs [tokens, features], which OPT's fc1 and fc2 read"
