@@ -163,7 +163,7 @@ def _read_config(checkpoint: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, KeyError) as error:  # the latter of rotary positions
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(
             f"config.json must be one that transformers takes; that of {checkpoint} is not: {reason}. "

@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.calibration.architectures import ARCHITECTURES, architecture
 from tasks.engines import OnnxRuntime, OpenVino, PyTorch
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import export_decoder
 from tasks.engines.families import FAMILIES
+from tasks.engines.openvino import MODEL_FILE
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import read_weights
@@ -184,6 +187,7 @@ def edited(checkpoint: Path, out: Path, **entries: Any) -> Path:
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm must be False .*got True"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim must be 64 .*got 32"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine must be True .*got False"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "takes; .*Missing required keys"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "got 'dynamic'"),
     ],
 )
@@ -324,3 +328,91 @@ def test_onnxruntime_rounds_what_the_checkpoint_rounds(
     # What lies halfway between two steps falls to either side, and its step spreads through the layers after.
     assert np.median(error) < 0.2 * np.median(cost)
     assert error.max() < 0.5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntime(precision="float32"), OpenVino(precision="float32")])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("family", QUANTIZABLE)
+def test_fast_options_stay_near(
+    family: str, grid: str, engine: Any, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both round inputs to 8 bits as they come, and OpenVINO keys and values too."""
+    engine.compile(quantized(family, grid), tmp_path)
+    session = engine.load(tmp_path, threads=1)
+    logits = [session.prefill(tokens()[:, :PROMPT], PROMPT)]
+    logits += [session.decode(tokens()[:, position])[:, None] for position in range(PROMPT, LENGTH)]
+    expected = pytorch_logits(quantized(family, grid))
+    error = np.abs(np.concatenate(logits, axis=1) - expected)
+    assert 0 < error.max() < 0.15 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_openvino_fuses_what_it_can(variant: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    decoder = read_decoder(checkpoint(variant))
+    ENGINES["openvino"].compile(checkpoint(variant), tmp_path)
+    compiled = openvino.Core().compile_model(tmp_path / MODEL_FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    nodes = compiled.get_runtime_model().get_ordered_ops()
+    count = Counter(node.get_rt_info()["layerType"].astype(str) for node in nodes)
+    num_layers = len(decoder.layers)
+    linears = 7 if decoder.layers[0].gate is not None else 6
+    assert count["FullyConnected"] == linears * num_layers + 1
+    assert count["MemoryInput"] == 2 * num_layers
+    assert count["RoPE"] == (2 * num_layers if decoder.rotaries else 0)
+    capped = decoder.attention_softcap is not None  # written out
+    assert count["ScaledDotProductAttention"] == (0 if capped else num_layers)
+    assert count["MatMul"] == (2 * num_layers if capped else 0)
+    if decoder.norm.kind == "layer":  # two norms of one input share what they divide by
+        assert count["MVN"] == (1 if decoder.parallel_residual else 2) * num_layers + 1
+    else:
+        norms = (
+            2 + 2 * (decoder.layers[0].attention_output_norm is not None) + 2 * (decoder.layers[0].q_norm is not None)
+        )
+        assert count["RMS"] == norms * num_layers + 1
+
+
+def as_published(family: str, **entries: Any) -> Any:
+    """The options of a configuration in the words that a family's first checkpoints have."""
+    return FAMILIES[family].read_options(AutoConfig.for_model(family, **entries))
+
+
+def test_pythia_is_read_in_its_own_words() -> None:
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 6, "intermediate_size": 2048}
+    options = as_published("gpt_neox", **sizes, rotary_pct=0.25, rotary_emb_base=10000, hidden_act="gelu")
+    assert (options.head_dim, options.rotaries[0].dim, options.parallel_residual) == (64, 16, True)
+    assert (options.activation, options.norm_eps) == ("gelu", 1e-5)
+
+
+def test_phi_3_mini_is_read_in_its_own_words() -> None:
+    sizes = {"hidden_size": 3072, "num_attention_heads": 32, "num_hidden_layers": 2}
+    short = as_published("phi3", **sizes, num_key_value_heads=32, sliding_window=2047, rope_theta=10000.0)
+    assert (short.head_dim, short.rotaries[0].dim, short.windows) == (96, 96, (2047, 2047))
+    factors = {"type": "longrope", "short_factor": [1.5] * 48, "long_factor": [3.0] * 48}
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    (long, _) = as_published("phi3", **sizes, **lengths, rope_scaling=factors, rope_theta=10000.0).rotaries
+    assert (long.max_length, long.scale) == (4096, pytest.approx(1.19023807))
+    assert long.inverse_frequencies[0] == pytest.approx(1 / 1.5)
+
+
+def test_gemma_3_is_read_in_its_own_words() -> None:
+    options = as_published(
+        "gemma3_text",
+        num_hidden_layers=7,
+        head_dim=256,
+        sliding_window=512,
+        sliding_window_pattern=6,
+        rope_theta=1000000,
+        rope_local_base_freq=10000,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        query_pre_attn_scalar=256,
+    )
+    assert options.windows == (512,) * 5 + (None, 512)
+    near, far = options.rotaries[0], options.rotaries[5]
+    assert options.rotaries == (near,) * 5 + (far, near)
+    assert near.inverse_frequencies[1] == pytest.approx(10000 ** (-1 / 128))
+    assert far.inverse_frequencies[1] == pytest.approx(1000000 ** (-1 / 128) / 8)
+    assert (options.attention_scales[0], options.logit_softcap) == (1 / 16, None)
+
+
+def test_gpt_2_is_read_in_its_own_words() -> None:
+    options = as_published("gpt2", n_ctx=1024, n_embd=768, n_head=12, n_layer=2, n_positions=1024)
+    assert (options.head_dim, options.activation, options.max_position_embeddings) == (64, "gelu_tanh", 1024)
