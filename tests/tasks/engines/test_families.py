@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.calibration.architectures import ARCHITECTURES, architecture
 from tasks.engines import OnnxRuntime, OpenVino, PyTorch
 from tasks.engines.decoder import Decoder, read_decoder
-from tasks.engines.export import export_decoder
+from tasks.engines.export import Precision, export_decoder
 from tasks.engines.families import FAMILIES
 from tasks.engines.openvino import MODEL_FILE
 from tasks.quantization import Grid, RoundToNearest
@@ -29,6 +29,7 @@ from tests.tasks.engines.tiny_families import VARIANTS
 
 BATCH_SIZE, PROMPT, LENGTH = 2, 16, 24  # the windows are 5
 FLOAT32_ERROR = 5e-5  # logits are below 7; sums in another order were off by 1.5e-5 at most
+FLOAT16_ERROR = 0.05  # 2^-11 relative per operation, three layers
 ENGINES = {
     "onnxruntime": OnnxRuntime(precision="float32", activations="float32"),
     "openvino": OpenVino(precision="float32", activations="float32", kv_cache="float32"),
@@ -59,17 +60,17 @@ def reference(checkpoint: Path) -> np.ndarray:
     return logits
 
 
-def portable_logits(decoder: Decoder, folder: Path, *, prompt: int = PROMPT) -> np.ndarray:
+def portable_logits(decoder: Decoder, folder: Path, precision: Precision = "float32") -> np.ndarray:
     """What the portable graph computes from a prompt and then token by token, through its cache."""
     file = folder / "model.onnx"
-    export_decoder(decoder, file, precision="float32", max_length=LENGTH)
+    export_decoder(decoder, file, precision=precision, max_length=LENGTH)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # inputs as they are
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     caches = [f"past_key_values.{i}.{half}" for i in range(len(decoder.layers)) for half in ("key", "value")]
-    empty = np.zeros((BATCH_SIZE, decoder.num_kv_heads, 0, decoder.head_dim), np.float32)
+    empty = np.zeros((BATCH_SIZE, decoder.num_kv_heads, 0, decoder.head_dim), precision)
     past, parts = [empty] * len(caches), []
-    ends = [prompt, *range(prompt + 1, LENGTH + 1)]
+    ends = range(PROMPT, LENGTH + 1)
     for start, end in zip([0, *ends], ends, strict=False):
         feeds = {
             "input_ids": tokens()[:, start:end],
@@ -114,6 +115,15 @@ def test_portable_graph_computes_what_transformers_computes(
 ) -> None:
     logits = portable_logits(read_decoder(checkpoint(variant)), tmp_path)
     np.testing.assert_allclose(logits, reference(checkpoint(variant)), atol=FLOAT32_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_portable_graph_of_float16_differs_by_its_rounding_only(
+    variant: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    logits = portable_logits(read_decoder(checkpoint(variant)), tmp_path, "float16")
+    difference = np.abs(logits - reference(checkpoint(variant))).max()
+    assert 0 < difference < FLOAT16_ERROR
 
 
 def without_biases(decoder: Decoder) -> Decoder:
