@@ -376,10 +376,19 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     dropped = {"_name_or_path", "_model_name_or_path", "auto_map"}
     config = {key: value for key, value in config.items() if key not in dropped}
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
+    if not isinstance(rope, dict):
+        return config
+    if "sliding_attention" in rope:  # Gemma 3's, by kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":  # in words of its own
+        config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
     return config
 
 

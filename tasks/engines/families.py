@@ -102,6 +102,8 @@ def _rotary_decoder(
     rotary = _rotary(config, config.rope_parameters, partial=partial_rotary)
     return _options(
         config,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
         norm_eps=config.rms_norm_eps,
         activation=_activation("hidden_act", config.hidden_act),
         windows=windows,
@@ -132,6 +134,8 @@ def _gemma(config: Any, *, rotaries: tuple[Rotary | None, ...], attention_softca
         )
     return _options(
         config,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
         norm_eps=config.rms_norm_eps,
         activation=_activation("hidden_activation", config.hidden_activation),
         windows=_windows(config),
@@ -194,16 +198,19 @@ def _options(
     *,
     norm_eps: float,
     activation: Activation,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
     windows: tuple[int | None, ...] | None = None,
     rotaries: tuple[Rotary | None, ...] | None = None,
     attention_scales: tuple[float, ...] | None = None,
     **special: Any,
 ) -> Options:
     """What all families call by the same name, and what most leave out."""
-    head_dim, nothing = _head_dim(config), (None,) * config.num_hidden_layers
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    nothing = (None,) * config.num_hidden_layers
     return Options(
         num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        num_kv_heads=num_kv_heads or config.num_attention_heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

@@ -38,7 +38,8 @@ learned positions, parts of heads that turn). "yes": an engine's graph of it rea
 {decoded} more one by one, two sequences at once, and every logit is within {error} of PyTorch's on the same weights.
 int8 is per channel, int4 in groups of 32, both rounded to nearest, with embedding and LM head of 8 bits; the engines
 multiply with the integers and float32 inputs. "{portable}" is the graph that TensorRT takes, here run by ONNX Runtime;
-TensorRT for RTX builds a float16 plan of it for every family (`test_support.py`, where it is installed), which was not run.
+TensorRT for RTX builds a float16 plan of it for every family (`test_support.py`, where it is installed), which was not
+run.
 
 """
 TAIL = """

@@ -239,6 +239,14 @@ def test_defaults_of_a_short_configuration_are_those_of_transformers(
     assert read_decoder(pythia).rotaries[0].dim == 8
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "opt", "gpt_neox"])
+def test_entries_that_a_family_does_not_have_are_not_taken(
+    variant: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    decoder = read_decoder(edited(checkpoint(variant), tmp_path / "edited", num_key_value_heads=2, head_dim=8))
+    assert (decoder.num_kv_heads, decoder.head_dim) == (4, 16)
+
+
 def test_buffers_of_older_versions_are_not_weights(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = checkpoint("gpt_neox")
     tensors = load_file(source / "model.safetensors")
