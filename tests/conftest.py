@@ -70,26 +70,30 @@ def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    gemma = {"sliding_window": 5, "layer_types": layer_types, "query_pre_attn_scalar": 24}
     special = {
         "mistral": {"sliding_window": 5},
         "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": layer_types},
+        "phi3": {"sliding_window": 5},
+        "gemma2": {**gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        "gemma3_text": gemma,
+        "opt": {"ffn_dim": 128},
     }
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
     @functools.cache
     def make(family: str, dtype: str = "float32") -> Path:
         torch.manual_seed(0)
+        grouped = {} if family in ("opt", "gpt_neox") else {"num_key_value_heads": 2, "head_dim": 16}
         config = AutoConfig.for_model(
             family,
             vocab_size=512,
             hidden_size=64,
-            intermediate_size=128,
             num_hidden_layers=3,
             num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
             max_position_embeddings=512,
             tie_word_embeddings=False,
-            **special.get(family, {}),
+            **{"intermediate_size": 128} | grouped | ids | special.get(family, {}),
         )
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         with torch.no_grad():

@@ -5,7 +5,7 @@ the names of tensors in a checkpoint: `<blocks>.<index>.<part>.weight`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 
@@ -22,6 +22,10 @@ class Architecture:
     mlp_norm: str
     attention: tuple[str, ...]  # linear layers that read the normed hidden state, then the output projection
     mlp: tuple[str, ...]  # linear layers that read the normed hidden state, then the one back to it
+    gated: bool = True  # what the last of them reads is linear in its up projection: a product with the gate
+    positions: str | None = None  # the table of learned positions, an embedding
+    gain_offset: float = 0.0  # norms multiply with this plus their weight
+    cache_scales: bool = True  # stock transformers with compressed-tensors rounds its KV cache by a checkpoint's scales
     # Keys of config.json that change with the structure; tuples name lists with one item per block.
     num_layers_option: str = "num_hidden_layers"
     intermediate_size_option: str = "intermediate_size"
@@ -33,13 +37,18 @@ class Architecture:
         return self.attention + self.mlp
 
     @property
+    def attention_module(self) -> str:
+        """The module around the attention's linear layers."""
+        return self.attention[0].rpartition(".")[0]
+
+    @property
     def steps(self) -> tuple[tuple[str, ...], ...]:
         """The linear layers of a block in the order of computation; those of one step read the same input."""
         return (self.attention[:-1], self.attention[-1:], self.mlp[:-1], self.mlp[-1:])
 
     @property
     def mlp_inputs(self) -> tuple[str, ...]:
-        """The projections from the hidden state to the FFN's channels (gate and up)."""
+        """The projections from the hidden state to the FFN's channels (gate and up, which may be one layer)."""
         return self.mlp[:-1]
 
     @property
@@ -56,30 +65,69 @@ class Architecture:
         return [f"{self.block(index)}.{linear}" for index in range(num_layers) for linear in self.linears]
 
 
-def _llama_like(family: str, *, per_layer_options: tuple[str, ...] = ()) -> Architecture:
-    return Architecture(
-        family=family,
-        embedding="model.embed_tokens",
-        blocks="model.layers",
-        final_norm="model.norm",
-        lm_head="lm_head",
-        attention_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        per_layer_options=per_layer_options,
-    )
-
+_LLAMA = Architecture(
+    family="llama",
+    embedding="model.embed_tokens",
+    blocks="model.layers",
+    final_norm="model.norm",
+    lm_head="lm_head",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+_GEMMA = replace(_LLAMA, mlp_norm="pre_feedforward_layernorm", gain_offset=1.0, per_layer_options=("layer_types",))
 
 ARCHITECTURES = {
     row.family: row
     for row in (
-        _llama_like("llama"),
-        _llama_like("mistral"),
-        _llama_like("qwen2", per_layer_options=("layer_types",)),
-        _llama_like("qwen3", per_layer_options=("layer_types",)),
+        _LLAMA,
+        replace(_LLAMA, family="mistral"),
+        replace(_LLAMA, family="qwen2", per_layer_options=("layer_types",)),
+        replace(_LLAMA, family="qwen3", per_layer_options=("layer_types",)),
+        replace(
+            _LLAMA,
+            family="phi3",
+            attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+            mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+        ),
+        replace(_GEMMA, family="gemma2"),
+        replace(_GEMMA, family="gemma3_text"),
+        Architecture(
+            family="opt",
+            embedding="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            blocks="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
+            lm_head="lm_head",
+            attention_norm="self_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+            mlp=("fc1", "fc2"),
+            gated=False,
+            cache_scales=False,
+            intermediate_size_option="ffn_dim",
+        ),
+        Architecture(
+            family="gpt_neox",
+            embedding="gpt_neox.embed_in",
+            blocks="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            lm_head="lm_head",
+            attention_norm="input_layernorm",
+            mlp_norm="post_attention_layernorm",
+            attention=("attention.query_key_value", "attention.dense"),
+            mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            gated=False,
+            cache_scales=False,
+        ),
     )
 }
+WITHOUT_ROW = {
+    "gpt2": "its linear layers are transformers' Conv1D, with weights [in, out], which compressed-tensors cannot hold; "
+    "compile it as it is",
+}
+"""Families that engines take and these stages do not, and why."""
 
 
 def architecture(family: str) -> Architecture:
@@ -91,6 +139,11 @@ def architecture(family: str) -> Architecture:
     Raises:
         ValueError: the family has no row.
     """
+    if family in WITHOUT_ROW:
+        raise ValueError(
+            f"The model must be of a family that can be changed ({', '.join(ARCHITECTURES)}); got {family!r}: "
+            f"{WITHOUT_ROW[family]}."
+        )
     try:
         return ARCHITECTURES[family]
     except KeyError:

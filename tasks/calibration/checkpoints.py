@@ -22,6 +22,7 @@ from tasks.calibration.gguf_header import read_gguf_header
 from tasks.calibration.packages import package_file
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.source_quantization import FOLDER, keep_compressed_tensors, keep_gguf
+from tasks.calibration.tensor_files import as_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -310,7 +311,7 @@ def empty_model(path: Path) -> "PreTrainedModel":
         model = model_class(config)
     model.tie_weights()  # accelerate gives each its own
     headers = [_read_safetensors_header(file) for file in _safetensors_files(path)]
-    shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
+    shapes = {as_loaded(name): tensor["shape"] for header in headers for name, tensor in header.items()}
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     _refuse_missing(sorted(expected.keys() - shapes.keys()), model, path)
     for name, shape in expected.items():
@@ -375,10 +376,19 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     dropped = {"_name_or_path", "_model_name_or_path", "auto_map"}
     config = {key: value for key, value in config.items() if key not in dropped}
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
+    if not isinstance(rope, dict):
+        return config
+    if "sliding_attention" in rope:  # Gemma 3's, by kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":  # in words of its own
+        config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
     return config
 
 
@@ -409,11 +419,22 @@ def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Pat
         )
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"The weights of {source} do not fit its config.json: {error}") from error
-    _refuse_missing(sorted(loading["missing_keys"]), model, source)
+    missing = set(loading["missing_keys"])
+    if missing:  # compressed-tensors makes parameters of buffers, which no file holds, in Gemma's embedding
+        missing -= _buffers(model_class, config)
+    _refuse_missing(sorted(missing), model, source)
     if where is None and (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source, local_files_only=True)
     model.eval()
     return model
+
+
+def _buffers(model_class: "type[PreTrainedModel]", config: "PreTrainedConfig") -> set[str]:
+    """Names of what a model computes of its configuration."""
+    import torch
+
+    with torch.device("meta"):
+        return {name for name, _ in model_class(copy.deepcopy(config)).named_buffers()}
 
 
 def _model_class(config: "PreTrainedConfig", source: Path) -> "type[PreTrainedModel]":

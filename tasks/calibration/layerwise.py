@@ -169,8 +169,9 @@ class _Block:
 
     def show_inputs(self, statistics: dict[nn.Linear, Statistic]) -> None:
         """Update the statistics with what layers read; the block is run no further than that takes."""
-        with _observed(statistics, until_seen=True):
+        with _observed(statistics, until_seen=True) as expect:
             for hidden in self.residence.hidden():
+                expect(len(hidden))
                 with suppress(_Seen):
                     self.run(hidden)
 
@@ -239,8 +240,9 @@ def observe_inputs(
     """
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in layers}
     statistics = {name: make_statistic(linear.in_features) for name, linear in linears.items()}
-    with _observed({linear: statistics[name] for name, linear in linears.items()}):
+    with _observed({linear: statistics[name] for name, linear in linears.items()}) as expect:
         for step, input_ids in enumerate(batches, start=1):
+            expect(len(input_ids))
             model.base_model(input_ids=input_ids, use_cache=False)
             report(step, len(batches), {})
     return statistics
@@ -306,16 +308,23 @@ class _Seen(Exception):
 
 
 @contextmanager
-def _observed(statistics: dict[nn.Linear, Statistic], *, until_seen: bool = False) -> Iterator[None]:
-    """Update the statistics with the inputs of every call of their layers.
+def _observed(statistics: dict[nn.Linear, Statistic], *, until_seen: bool = False) -> Iterator[Callable[[int], None]]:
+    """Update the statistics with the inputs of every call of their layers, [batch, seq, in_features].
 
-    With `until_seen`, a forward pass ends with `_Seen` as soon as each of the layers was called.
+    What it gives has to be told the batch size before every forward pass: OPT's feed-forward networks read batch and
+    sequence as one dimension. With `until_seen`, a pass ends with `_Seen` as soon as each of the layers was called.
     """
     waiting = set(statistics)
+    batch_size = 1
+
+    def expect(size: int) -> None:
+        nonlocal batch_size
+        batch_size = size
 
     def observe(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(linear, nn.Linear)
-        statistics[linear].update(args[0])
+        inputs = args[0] if args[0].dim() > 2 else args[0].reshape(batch_size, -1, linear.in_features)
+        statistics[linear].update(inputs)
         waiting.discard(linear)
         if until_seen and not waiting:
             waiting.update(statistics)
@@ -323,7 +332,7 @@ def _observed(statistics: dict[nn.Linear, Statistic], *, until_seen: bool = Fals
 
     handles = [linear.register_forward_pre_hook(observe) for linear in statistics]
     try:
-        yield
+        yield expect
     finally:
         for handle in handles:
             handle.remove()
@@ -342,6 +351,7 @@ class RestOfModel:
         self._ahead = [_Block(block, index, arguments, residence) for index, block in enumerate(blocks)]
         self._norm = model.get_submodule(family.final_norm)
         self._head = model.get_submodule(family.lm_head)
+        self._softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
 
     def advance(self) -> None:
         """Go past the next block, as it is now."""
@@ -355,4 +365,6 @@ class RestOfModel:
             for block in self._ahead:
                 hidden = block.run(hidden)
             logits: Tensor = self._head(self._norm(hidden[:, every - 1 :: every]))
+            if self._softcap is not None:
+                logits = torch.tanh(logits / self._softcap) * self._softcap
             return logits.float().log_softmax(dim=-1)

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.tensor_files import DTYPES, Tensors, TensorWriter
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 FOLDER = "source_quantization"
 DESCRIPTION = "quantization.json"
 
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of transformers, whose rows keep their blocks when loaded
 GGUF_FLOATS = ("F32", "F16", "BF16", "F64")
 GGUF_ONE_SCALE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Types with one float16 scale for each 32 weights, and at most an offset; of others, the name is kept only."""
@@ -34,7 +34,7 @@ def keep_gguf(file: Path, model: "PreTrainedModel", out: Path) -> None:
     import gguf
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    if model.config.model_type not in ARCHITECTURES:
+    if model.config.model_type not in GGUF_FAMILIES:
         return
     reader = gguf.GGUFReader(file)
     family = reader.fields["general.architecture"].contents()

@@ -30,13 +30,19 @@ class Streamed:
         """Start where block `first_block` reads; when it is not the first, an earlier walk has left what it reads."""
         self._model = model
         self._embedding = f"{family.embedding}.weight"
+        # Gemma's embedding multiplies the rows, in float32 here as transformers does.
+        self._scale = getattr(model.get_submodule(family.embedding), "scalar_embed_scale", None)
         self._tensors = tensors
         self._work_dir = work_dir
         self._index = first_block
+        if family.positions:  # a small table, which stays
+            weight = tensors.copy(f"{family.positions}.weight")
+            model.get_submodule(family.positions).load_state_dict({"weight": weight}, assign=True)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The rows of the embedding that are needed."""
-        return self._tensors.rows(self._embedding, input_ids)
+        rows = self._tensors.rows(self._embedding, input_ids)
+        return rows if self._scale is None else rows * torch.tensor(self._scale)
 
     @contextmanager
     def block(self, name: str) -> Iterator[None]:

@@ -24,11 +24,21 @@ DTYPES = {
     "uint8": "U8",
 }
 """torch's and numpy's names and those of safetensors, in the order in which its library puts tensors into a file."""
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+"""Names of tensors in files, of GPT-NeoX, that transformers' own classes call otherwise and rename as they load."""
 _COPY_BYTES = 16 << 20
 
 
+def as_loaded(name: str) -> str:
+    """What transformers' classes call a tensor of a file."""
+    return RENAMED.get(name, name)
+
+
 class Tensors:
-    """Tensors of a checkpoint directory, read from its safetensors one at a time; a context manager."""
+    """Tensors of a checkpoint directory, read from its safetensors one at a time; a context manager.
+
+    Their names are those that transformers' classes have for them.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         index = checkpoint / "model.safetensors.index.json"
@@ -38,7 +48,7 @@ class Tensors:
             files = ["model.safetensors"]
         self._files = [_open(checkpoint / file) for file in files]
         self._place = {
-            name: (open_file, checkpoint / file)
+            as_loaded(name): (open_file, checkpoint / file, name)
             for open_file, file in zip(self._files, files, strict=True)
             for name in open_file.keys()  # noqa: SIM118
         }
@@ -57,15 +67,17 @@ class Tensors:
     @property
     def files(self) -> dict[str, str]:
         """Which file holds each tensor."""
-        return {name: file.name for name, (_, file) in self._place.items()}
+        return {name: file.name for name, (_, file, _) in self._place.items()}
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, without reading it."""
-        return list(self._place[name][0].get_slice(name).get_shape())
+        open_file, _, stored = self._place[name]
+        return list(open_file.get_slice(stored).get_shape())
 
     def tensor(self, name: str) -> "Tensor":
         """The tensor, in its own dtype; mapped, so what was read of it counts as memory until the files are closed."""
-        return self._place[name][0].get_tensor(name)  # type: ignore[no-any-return]
+        open_file, _, stored = self._place[name]
+        return open_file.get_tensor(stored)  # type: ignore[no-any-return]
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """The tensor as float32, mapped as `tensor` is where it is stored so."""
@@ -76,25 +88,27 @@ class Tensors:
         """The tensor as float32 in memory of its own; nothing stays mapped."""
         import torch
 
-        file = self._place[name][1]
+        _, file, stored = self._place[name]
         header, begin = _header(file)
-        start, end = header[name]["data_offsets"]
-        ours = {theirs: ours for ours, theirs in DTYPES.items()}.get(header[name]["dtype"])
+        entry = header[stored]
+        start, end = entry["data_offsets"]
+        ours = {theirs: ours for ours, theirs in DTYPES.items()}.get(entry["dtype"])
         if ours is None:
             raise ValueError(
-                f"Tensors must be of {', '.join(DTYPES)}; {name} in {file} is {header[name]['dtype']}. "
+                f"Tensors must be of {', '.join(DTYPES)}; {stored} in {file} is {entry['dtype']}. "
                 "Convert the checkpoint to float32."
             )
         read = torch.empty(end - start, dtype=torch.uint8)
         with file.open("rb") as stream:
             stream.seek(begin + start)
             stream.readinto(read.numpy())
-        return read.view(getattr(torch, ours)).reshape(header[name]["shape"]).float()
+        return read.view(getattr(torch, ours)).reshape(entry["shape"]).float()
 
     def rows(self, name: str, index: "Tensor") -> "Tensor":
         """[*index.shape, columns] float32, rows of a table [rows, columns]; the others are not read."""
-        with _open(self._place[name][1]) as file:
-            found: Tensor = file.get_tensor(name)[index]
+        _, path, stored = self._place[name]
+        with _open(path) as file:
+            found: Tensor = file.get_tensor(stored)[index]
         return found.float()
 
 

@@ -1,66 +1,94 @@
 """A decoder as plain numpy values, read from a checkpoint: what every engine's graph is built from.
 
-Covers the Llama family of blocks: RMS norm, rotary grouped-query attention, gated SiLU feed-forward. Quantized weights
-stay the checkpoint's integers; nothing here dequantizes.
+The graphs branch on these values and know no family: kind of norm, gated or plain feed-forward, rotary or learned
+positions, windows, soft caps. families.py has a row for each family that can be read. Quantized weights stay the
+checkpoint's integers; nothing here dequantizes.
 """
 
+import dataclasses
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.engines.families import FAMILIES, Activation, Family, Options
+from tasks.engines.rotary import Rotary
 from tasks.quantization.checkpoint_format import CacheScales, QuantizedWeight, read_cache_scales, read_weights
 
 Floats = NDArray[np.float32]
 Weight = Floats | QuantizedWeight
 """A linear layer's weight, [out, in]: float32, or integers with their scales."""
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * gain ("rms"), or the same of x - mean(x), plus bias ("layer")."""
+
+    kind: Literal["rms", "layer"]
+    gain: Floats  # [features]
+    eps: float
+    bias: Floats | None = None  # [features]; of "layer" alone, where it is never None
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One block. Every weight is [out, in]; biases and norms are float32."""
+    """One block. Every weight is [out, in]; biases are float32.
+
+    h = x + attention_output_norm(attention(attention_norm(x))), then
+    h + feed_forward_output_norm(feed_forward(feed_forward_norm(h))); see `Decoder.parallel_residual` for the other way.
+    """
 
     q: Weight  # [num_heads * head_dim, hidden_size]
     k: Weight  # [num_kv_heads * head_dim, hidden_size]
     v: Weight  # [num_kv_heads * head_dim, hidden_size]
     o: Weight  # [hidden_size, num_heads * head_dim]
-    gate: Weight  # [intermediate_size, hidden_size]
+    gate: Weight | None  # [intermediate_size, hidden_size]; None: down(activation(up(x))), not gated
     up: Weight  # [intermediate_size, hidden_size]
     down: Weight  # [hidden_size, intermediate_size]
-    input_norm: Floats  # [hidden_size]
-    post_attention_norm: Floats  # [hidden_size]
+    attention_norm: Norm
+    feed_forward_norm: Norm
+    attention_scale: float  # of query times key
+    attention_output_norm: Norm | None = None
+    feed_forward_output_norm: Norm | None = None
     q_bias: Floats | None = None
     k_bias: Floats | None = None
     v_bias: Floats | None = None
     o_bias: Floats | None = None
-    q_norm: Floats | None = None  # [head_dim], before the rotation (Qwen3)
-    k_norm: Floats | None = None  # [head_dim]
+    gate_bias: Floats | None = None
+    up_bias: Floats | None = None
+    down_bias: Floats | None = None
+    q_norm: Norm | None = None  # of each head, before the rotation
+    k_norm: Norm | None = None
+    rotary: Rotary | None = None  # layers that turn alike share one
+    window: int | None = None  # a position sees this many back, itself included; None: all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoder:
     """A causal language model: embedding, blocks, final norm, LM head."""
 
     layers: tuple[Layer, ...]
     embedding: Weight  # [vocab_size, hidden_size]
     lm_head: Weight  # [vocab_size, hidden_size]; `is embedding` when tied
-    norm: Floats  # [hidden_size]
+    norm: Norm
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
     vocab_size: int
-    norm_eps: float
     max_position_embeddings: int
-    sliding_window: int | None  # every layer sees this many positions back, itself included; None: all
-    inverse_frequencies: Floats  # [head_dim / 2]: what a position is multiplied with; holds theta and any scaling
+    activation: Activation
+    positions: Floats | None = None  # [max_position_embeddings, hidden_size], learned; added to the embedding's rows
+    embedding_scale: float = 1.0  # of the embedding's rows; a tied LM head is not scaled
+    attention_softcap: float | None = None  # c: scores become c tanh(score / c), before the mask
+    logit_softcap: float | None = None
+    parallel_residual: bool = False  # x + attention(norm(x)) + feed_forward(norm(x)), with x in both
     cache: CacheScales | None = None  # how keys and values are rounded; None: they are not
 
     @property
@@ -68,67 +96,79 @@ class Decoder:
         """Whether the LM head is the embedding."""
         return self.lm_head is self.embedding
 
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """The different rotations of its layers, in the order of their first use."""
+        found: list[Rotary] = []
+        for layer in self.layers:
+            if layer.rotary is not None and layer.rotary not in found:
+                found.append(layer.rotary)
+        return tuple(found)
+
     def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
         """Every quantized weight, and what to call it in an error."""
         named = [("embedding", self.embedding), ("lm_head", self.lm_head)]
         for index, layer in enumerate(self.layers):
-            linears = ("q", "k", "v", "o", "gate", "up", "down")
-            named += [(f"layer {index}'s {name}", getattr(layer, name)) for name in linears]
+            named += [(f"layer {index}'s {name}", getattr(layer, name)) for name in LINEARS]
         return ((name, weight) for name, weight in named if isinstance(weight, QuantizedWeight))
-
-    def rotary_tables(self, length: int) -> tuple[Floats, Floats]:
-        """Cosines and sines of every position's angles, in float32 as transformers computes them.
-
-        The rotation is the half-split one: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves of head_dim.
-
-        Returns:
-            cos, sin: [length, head_dim / 2] float32.
-        """
-        angles = np.arange(length, dtype=np.float32)[:, None] * self.inverse_frequencies[None, :]
-        return np.cos(angles), np.sin(angles)
 
 
 def read_decoder(checkpoint: Path) -> Decoder:
-    """The decoder in a Llama, Mistral, Qwen2 or Qwen3 checkpoint directory, float or quantized.
+    """The decoder in a checkpoint directory of one of the families in families.py, float or quantized.
 
     Raises:
         ValueError: the family, an option of its configuration or a tensor is not one this reader knows.
     """
-    config = json.loads((checkpoint / "config.json").read_text())
-    _refuse_unsupported(config)
-    weights = read_weights(checkpoint)
-    num_heads = int(config["num_attention_heads"])
-    hidden_size = int(config["hidden_size"])
-    head_dim = int(config.get("head_dim") or hidden_size // num_heads)
-
-    layers = tuple(_take_layer(weights, f"model.layers.{index}.") for index in range(int(config["num_hidden_layers"])))
-    embedding = _take(weights, "model.embed_tokens.weight")
-    tied = bool(config.get("tie_word_embeddings", False))
-    lm_head = embedding if tied else _take(weights, "lm_head.weight")
-    norm = _take_floats(weights, "model.norm.weight")
-    if weights:
+    name = json.loads((checkpoint / "config.json").read_text()).get("model_type")
+    if name not in FAMILIES:
         raise ValueError(
-            f"{checkpoint} holds tensors that a {config['model_type']} decoder here has no place for: "
-            f"{', '.join(sorted(weights)[:3])}{', …' if len(weights) > 3 else ''}. Use the engine 'pytorch' for it."
+            f"An engine graph can be built for the families {', '.join(FAMILIES)}; got {name!r}. "
+            "Use the engine 'pytorch' for it."
         )
+    config = _read_config(checkpoint)
+    family, tied = FAMILIES[name], bool(config.tie_word_embeddings)
+    options = family.read_options(config)
+    tensors = _Tensors(checkpoint, family, tied=tied)
+
+    layers = tuple(_take_layer(tensors, family, options, index) for index in range(len(options.windows)))
+    embedding = tensors.weight(family.embedding)
     decoder = Decoder(
         layers=layers,
         embedding=embedding,
-        lm_head=lm_head,
-        norm=norm,
-        num_heads=num_heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=head_dim,
-        hidden_size=hidden_size,
-        vocab_size=int(config["vocab_size"]),
-        norm_eps=float(config["rms_norm_eps"]),
-        max_position_embeddings=int(config["max_position_embeddings"]),
-        sliding_window=_sliding_window(config),
-        inverse_frequencies=_inverse_frequencies(config, head_dim),
+        lm_head=embedding if tied else tensors.lm_head(),
+        norm=_take_norm(tensors, family, options, family.final_norm),
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        head_dim=options.head_dim,
+        hidden_size=options.hidden_size,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=_longest(options),
+        activation=options.activation,
+        positions=_take_positions(tensors, family, options),
+        embedding_scale=options.embedding_scale,
+        attention_softcap=options.attention_softcap,
+        logit_softcap=options.logit_softcap,
+        parallel_residual=options.parallel_residual,
         cache=read_cache_scales(checkpoint),
     )
+    tensors.refuse_rest(name)
     _check_shapes(decoder)
     return decoder
+
+
+def _read_config(checkpoint: Path) -> Any:
+    """The configuration as transformers completes it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    except (StrictDataclassError, KeyError) as error:  # the latter of rotary positions
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(
+            f"config.json must be one that transformers takes; that of {checkpoint} is not: {reason}. "
+            "Save the model again."
+        ) from error
 
 
 def shape(weight: Weight) -> tuple[int, int]:
@@ -143,104 +183,170 @@ def floats(weight: Weight) -> Floats:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"An engine graph can be built for the families {', '.join(FAMILIES)}; got {family!r}. "
-            "Use the engine 'pytorch' for it."
-        )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ValueError(f"The feed-forward activation must be 'silu'; got {activation!r}. Use the engine 'pytorch'.")
+def rows(weight: Weight, indices: NDArray[np.int64]) -> Weight:
+    """Some outputs of a weight, in that order: the same integers, with the scales and zero points of their rows."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight[indices]
+    return dataclasses.replace(
+        weight,
+        integers=weight.integers[indices],
+        scale=weight.scale[indices],
+        zero_point=None if weight.zero_point is None else weight.zero_point[indices],
+    )
 
 
-def _take(weights: dict[str, Any], name: str) -> Weight:
-    try:
-        return weights.pop(name)  # type: ignore[no-any-return]
-    except KeyError:
-        raise ValueError(f"The checkpoint must hold the tensor {name}; it is missing. Save the model again.") from None
+class _Tensors:
+    """A checkpoint's tensors by the names of a family's modules; each is taken once."""
+
+    def __init__(self, checkpoint: Path, family: Family, *, tied: bool) -> None:
+        self._weights: dict[str, Any] = {
+            name: value for name, value in read_weights(checkpoint).items() if not name.endswith(family.ignored)
+        }
+        if tied:
+            self._weights.pop("lm_head.weight", None)
+        # A checkpoint of the bare model, without the module around it, is loaded by transformers too.
+        bare = not any(name.startswith(family.base + ".") for name in self._weights)
+        self._base = "" if bare else family.base + "."
+        self._checkpoint = checkpoint
+
+    def weight(self, module: str) -> Weight:
+        return self._take(f"{self._base}{module}.weight")
+
+    def lm_head(self) -> Weight:
+        return self._take("lm_head.weight")
+
+    def floats(self, module: str, parameter: str = "weight") -> Floats:
+        name = f"{self._base}{module}.{parameter}"
+        value = self._take(name)
+        if isinstance(value, QuantizedWeight):
+            raise ValueError(f"{name} must be float; it is quantized. Add it to the quantization method's `ignore`.")
+        return np.asarray(value, dtype=np.float32)
+
+    def bias(self, module: str) -> Floats | None:
+        return self.floats(module, "bias") if f"{self._base}{module}.bias" in self._weights else None
+
+    def refuse_rest(self, family: str) -> None:
+        left = sorted(self._weights)
+        if left:
+            raise ValueError(
+                f"{self._checkpoint} holds tensors that a {family} decoder here has no place for: "
+                f"{', '.join(left[:3])}{', …' if len(left) > 3 else ''}. Use the engine 'pytorch' for it."
+            )
+
+    def _take(self, name: str) -> Weight:
+        try:
+            return self._weights.pop(name)  # type: ignore[no-any-return]
+        except KeyError:
+            raise ValueError(
+                f"The checkpoint must hold the tensor {name}; it is missing. Save the model again."
+            ) from None
 
 
-def _take_floats(weights: dict[str, Any], name: str) -> Floats:
-    value = _take(weights, name)
-    if isinstance(value, QuantizedWeight):
-        raise ValueError(f"{name} must be float; it is quantized. Add it to the quantization method's `ignore`.")
-    return np.asarray(value, dtype=np.float32)
+def _take_layer(tensors: _Tensors, family: Family, options: Options, index: int) -> Layer:
+    prefix = f"{family.blocks}.{index}."
 
+    def norm(name: str | None) -> Norm | None:
+        return None if name is None else _take_norm(tensors, family, options, prefix + name)
 
-def _take_layer(weights: dict[str, Any], prefix: str) -> Layer:
-    def optional(name: str) -> Floats | None:
-        return _take_floats(weights, prefix + name) if prefix + name in weights else None
-
+    parts = _take_linears(tensors, family, options, prefix)
+    weights: dict[str, Any] = {name: weight for name, (weight, _) in parts.items()}
+    biases: dict[str, Any] = {f"{name}_bias": bias for name, (_, bias) in parts.items()}
     return Layer(
-        q=_take(weights, prefix + "self_attn.q_proj.weight"),
-        k=_take(weights, prefix + "self_attn.k_proj.weight"),
-        v=_take(weights, prefix + "self_attn.v_proj.weight"),
-        o=_take(weights, prefix + "self_attn.o_proj.weight"),
-        gate=_take(weights, prefix + "mlp.gate_proj.weight"),
-        up=_take(weights, prefix + "mlp.up_proj.weight"),
-        down=_take(weights, prefix + "mlp.down_proj.weight"),
-        input_norm=_take_floats(weights, prefix + "input_layernorm.weight"),
-        post_attention_norm=_take_floats(weights, prefix + "post_attention_layernorm.weight"),
-        q_bias=optional("self_attn.q_proj.bias"),
-        k_bias=optional("self_attn.k_proj.bias"),
-        v_bias=optional("self_attn.v_proj.bias"),
-        o_bias=optional("self_attn.o_proj.bias"),
-        q_norm=optional("self_attn.q_norm.weight"),
-        k_norm=optional("self_attn.k_norm.weight"),
+        **{"gate": None} | weights | biases,
+        attention_norm=_take_norm(tensors, family, options, prefix + family.attention_norm),
+        feed_forward_norm=_take_norm(tensors, family, options, prefix + family.feed_forward_norm),
+        attention_output_norm=norm(family.attention_output_norm),
+        feed_forward_output_norm=norm(family.feed_forward_output_norm),
+        q_norm=norm(family.q_norm),
+        k_norm=norm(family.k_norm),
+        attention_scale=options.attention_scales[index],
+        rotary=options.rotaries[index],
+        window=options.windows[index],
     )
 
 
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", config["model_type"] == "mistral"):
-        return None
-    if config["model_type"] == "mistral":
-        return int(window)
-    kinds = set(config.get("layer_types") or [])
-    if kinds == {"full_attention"}:
-        return None
-    if kinds == {"sliding_attention"}:
-        return int(window)
-    raise ValueError(
-        f"Every layer must have the same attention window; got layer_types {sorted(kinds)}. Use the engine 'pytorch'."
-    )
+def _take_linears(
+    tensors: _Tensors, family: Family, options: Options, prefix: str
+) -> dict[str, tuple[Any, Floats | None]]:
+    """Weight and bias of every linear layer of a block; those stored as one are split into their parts."""
+
+    def linear(module: str) -> tuple[Weight, Floats | None]:
+        weight, bias = tensors.weight(prefix + module), tensors.bias(prefix + module)
+        if family.weights_are == "out, in":
+            return weight, bias
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"{prefix}{module} must be float, because its weight is stored as [in, out]; it is quantized. "
+                "Start from the model before it was quantized."
+            )
+        return np.ascontiguousarray(weight.T), bias
+
+    parts: dict[str, tuple[Weight, Floats | None]] = {}
+    names = {"o": family.o, "down": family.down}
+    if family.qkv:
+        parts |= _split(prefix + family.qkv, *linear(family.qkv), _qkv_rows(family, options))
+    else:
+        names |= {"q": family.q, "k": family.k, "v": family.v}
+    if family.gate_up:
+        weight, bias = linear(family.gate_up)
+        half = np.arange(shape(weight)[0] // 2)
+        parts |= _split(prefix + family.gate_up, weight, bias, {"gate": half, "up": half + len(half)})
+    else:
+        names |= {"up": family.up} | ({"gate": family.gate} if family.gate else {})
+    return parts | {name: linear(module) for name, module in names.items()}
 
 
-def _inverse_frequencies(config: dict[str, Any], head_dim: int) -> Floats:
-    """theta^(-2i / head_dim) with the scaling the configuration asks for.
+def _split(
+    module: str, weight: Weight, bias: Floats | None, parts: dict[str, NDArray[np.int64]]
+) -> dict[str, tuple[Weight, Floats | None]]:
+    """Weight and bias of each part, which has some of the outputs."""
+    expected = sum(len(indices) for indices in parts.values())
+    if shape(weight)[0] != expected:
+        raise ValueError(
+            f"{module} must have {expected} outputs by its configuration; got {shape(weight)[0]}. "
+            "Save the model with a matching config.json."
+        )
+    return {name: (rows(weight, indices), None if bias is None else bias[indices]) for name, indices in parts.items()}
 
-    transformers 5 writes `rope_parameters`; 4.x wrote `rope_theta` and `rope_scaling`.
-    """
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
+
+def _qkv_rows(family: Family, options: Options) -> dict[str, NDArray[np.int64]]:
+    """Which outputs of the layer that holds all three are queries, keys and values."""
+    heads = (options.num_heads, options.num_kv_heads, options.num_kv_heads)
+    if family.qkv_rows == "by head":
+        every = np.arange(3 * options.num_heads * options.head_dim).reshape(options.num_heads, 3, options.head_dim)
+        return {name: every[:, index].reshape(-1) for index, name in enumerate("qkv")}
+    ends = np.cumsum([count * options.head_dim for count in heads])
+    return {
+        name: np.arange(end - count * options.head_dim, end)
+        for name, count, end in zip("qkv", heads, ends, strict=True)
     }
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse: Floats = np.float32(1) / np.power(np.float32(rope["rope_theta"]), exponents)
-    if kind == "default":
-        return inverse
-    if kind == "linear":
-        inverse /= np.float32(rope["factor"])
-        return inverse
-    if kind == "llama3":
-        return _llama3_frequencies(inverse, rope)
-    raise ValueError(
-        f"Rotary scaling must be one of default, linear, llama3; got {kind!r}. Use the engine 'pytorch' for it."
-    )
 
 
-def _llama3_frequencies(inverse: Floats, rope: dict[str, Any]) -> Floats:
-    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1; transformers' rope_type)."""
-    trained, low, high = (
-        float(rope[key]) for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    wavelength = 2 * math.pi / inverse
-    ramp = np.clip((trained / wavelength - low) / (high - low), 0, 1)
-    scaled: Floats = ((1 - ramp) * inverse / float(rope["factor"]) + ramp * inverse).astype(np.float32)
-    return scaled
+def _take_norm(tensors: _Tensors, family: Family, options: Options, module: str) -> Norm:
+    gain = tensors.floats(module)
+    if family.gain_offset:
+        gain = gain + np.float32(family.gain_offset)
+    bias = tensors.floats(module, "bias") if family.norm == "layer" else None
+    return Norm(family.norm, gain, options.norm_eps, bias)
+
+
+def _take_positions(tensors: _Tensors, family: Family, options: Options) -> Floats | None:
+    if family.positions is None:
+        return None
+    table = tensors.floats(family.positions)
+    expected = (options.max_position_embeddings + family.position_offset, options.hidden_size)
+    if table.shape != expected:
+        raise ValueError(
+            f"The table of positions must be {list(expected)} by config.json; got {list(table.shape)}. "
+            "Save the model with a matching config.json."
+        )
+    return table[family.position_offset :]
+
+
+def _longest(options: Options) -> int:
+    """The longest sequence that the model's positions, and its rotations as a graph holds them, are right for."""
+    lengths = [rotary.max_length for rotary in options.rotaries if rotary is not None and rotary.max_length is not None]
+    return min([options.max_position_embeddings, *lengths])
 
 
 def _check_shapes(decoder: Decoder) -> None:
@@ -253,7 +359,7 @@ def _check_shapes(decoder: Decoder) -> None:
                 f"{list(shape(table))}. Save the model with a matching config.json."
             )
     for index, layer in enumerate(decoder.layers):
-        intermediate = shape(layer.gate)[0]
+        intermediate = shape(layer.up)[0]
         expected = {
             "q": (heads, decoder.hidden_size),
             "k": (kv_heads, decoder.hidden_size),
@@ -263,9 +369,10 @@ def _check_shapes(decoder: Decoder) -> None:
             "up": (intermediate, decoder.hidden_size),
             "down": (decoder.hidden_size, intermediate),
         }
-        for field in fields(layer):
-            if field.name in expected and shape(getattr(layer, field.name)) != expected[field.name]:
+        for name, wanted in expected.items():
+            weight = getattr(layer, name)
+            if weight is not None and shape(weight) != wanted:
                 raise ValueError(
-                    f"Layer {index}'s {field.name} must be {list(expected[field.name])} by its configuration; "
-                    f"got {list(shape(getattr(layer, field.name)))}. Save the model with a matching config.json."
+                    f"Layer {index}'s {name} must be {list(wanted)} by its configuration; "
+                    f"got {list(shape(weight))}. Save the model with a matching config.json."
                 )

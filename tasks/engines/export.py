@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.engines.decoder import Decoder, Floats, Layer, Weight
+from tasks.engines.decoder import Decoder, Floats, Layer, Norm, Weight
+from tasks.engines.families import Activation
 from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
@@ -76,32 +77,67 @@ def export_decoder(decoder: Decoder, file: Path, *, precision: Precision, max_le
 
 
 def _add_decoder(graph: "_Graph", decoder: Decoder, max_length: int) -> None:
-    cos, sin = decoder.rotary_tables(max_length)
-    for name, table in (("cos", cos), ("sin", sin)):  # [batch, 1, length, head_dim / 2] for every head alike
-        rows = graph.node("Gather", [graph.floats("rotary." + name, table), "position_ids"], "rows." + name, axis=0)
-        graph.node("Unsqueeze", [rows, graph.ints("axis.1", [1])], name)
-    _add_mask(graph, decoder.sliding_window)
+    for index, rotary in enumerate(decoder.rotaries):
+        for name, table in zip(("cos", "sin"), rotary.tables(max_length), strict=True):
+            name = _numbered(name, index)
+            rows = graph.node("Gather", [graph.floats("rotary." + name, table), "position_ids"], "rows." + name, axis=0)
+            graph.node("Unsqueeze", [rows, graph.ints("axis.1", [1])], name)  # [batch, 1, length, rotary_dim / 2]
+    for index, window in enumerate(_windows(decoder)):
+        _add_mask(graph, window, index)
 
     embedding = graph.matrix("embedding", decoder.embedding, rows_are_outputs=True)
     hidden = graph.node("Gather", [embedding, "input_ids"], "embedded", axis=0)
+    if decoder.embedding_scale != 1:
+        hidden = graph.node(
+            "Mul", [hidden, graph.scalar("embedding_scale", decoder.embedding_scale)], "embedded.scaled"
+        )
+    if decoder.positions is not None:
+        positions = graph.floats("positions", decoder.positions[:max_length])
+        learned = graph.node("Gather", [positions, "position_ids"], "positions.rows", axis=0)
+        hidden = graph.node("Add", [hidden, learned], "embedded.positioned")
     for index, layer in enumerate(decoder.layers):
         prefix = f"layers.{index}."
-        normed = graph.rms_norm(prefix + "input_norm", hidden, layer.input_norm, decoder.norm_eps)
+        normed = graph.norm(prefix + "input_norm", hidden, layer.attention_norm)
         attended = _add_attention(graph, decoder, layer, index, normed)
+        if layer.attention_output_norm:
+            attended = graph.norm(prefix + "attention_output_norm", attended, layer.attention_output_norm)
+        before = hidden
         hidden = graph.node("Add", [hidden, attended], prefix + "after_attention")
-        normed = graph.rms_norm(prefix + "post_attention_norm", hidden, layer.post_attention_norm, decoder.norm_eps)
-        hidden = graph.node("Add", [hidden, _add_feed_forward(graph, layer, prefix, normed)], prefix + "output")
+        normed = graph.norm(
+            prefix + "post_attention_norm",
+            before if decoder.parallel_residual else hidden,
+            layer.feed_forward_norm,
+        )
+        fed = _add_feed_forward(graph, decoder.activation, layer, prefix, normed)
+        if layer.feed_forward_output_norm:
+            fed = graph.norm(prefix + "feed_forward_output_norm", fed, layer.feed_forward_output_norm)
+        hidden = graph.node("Add", [hidden, fed], prefix + "output")
 
     last = graph.node("Gather", [hidden, "logit_indices"], "last", axis=1)
-    normed = graph.rms_norm("norm", last, decoder.norm, decoder.norm_eps)
+    normed = graph.norm("norm", last, decoder.norm)
     if decoder.tied:
         head = graph.node("Transpose", [embedding], "lm_head.weight", perm=[1, 0])
     else:
         head = graph.matrix("lm_head", decoder.lm_head)
-    graph.cast(graph.node("MatMul", [normed, head], "lm_head"), "float32", "logits")
+    logits = graph.node("MatMul", [normed, head], "lm_head")
+    if decoder.logit_softcap is not None:
+        logits = graph.softcapped(graph.cast(logits, "float32"), decoder.logit_softcap)
+        graph.node("Identity", [logits], "logits")
+    else:
+        graph.cast(logits, "float32", "logits")
 
 
-def _add_mask(graph: "_Graph", sliding_window: int | None) -> None:
+def _numbered(name: str, index: int) -> str:
+    """The name of the first, second ... of several alike."""
+    return f"{name}.{index}" if index else name
+
+
+def _windows(decoder: Decoder) -> list[int | None]:
+    """The different windows of its layers, in the order of their first use."""
+    return list(dict.fromkeys(layer.window for layer in decoder.layers))
+
+
+def _add_mask(graph: "_Graph", window: int | None, index: int) -> None:
     """`bias` [batch, 1, 1, length, total]: 0 where a query sees a key, the lowest finite value elsewhere.
 
     A key's position is the number of tokens before it, so padding on the left neither is seen nor counts.
@@ -111,15 +147,17 @@ def _add_mask(graph: "_Graph", sliding_window: int | None) -> None:
     keys = graph.node("Unsqueeze", [keys, graph.ints("axis.1", [1])], "mask.keys")  # [batch, 1, total]
     queries = graph.node("Unsqueeze", ["position_ids", graph.ints("axis.2", [2])], "mask.queries")  # [batch, length, 1]
     seen = graph.node("LessOrEqual", [keys, queries], "mask.causal")
-    if sliding_window is not None:
-        first = graph.node("Sub", [queries, graph.ints("sliding_window", [sliding_window])], "mask.before_window")
-        seen = graph.node("And", [seen, graph.node("Greater", [keys, first], "mask.window")], "mask.causal_window")
+    if window is not None:
+        size = graph.ints(_numbered("sliding_window", index), [window])
+        first = graph.node("Sub", [queries, size], _numbered("mask.before_window", index))
+        near = graph.node("Greater", [keys, first], _numbered("mask.window", index))
+        seen = graph.node("And", [seen, near], _numbered("mask.causal_window", index))
     real = graph.node("Greater", ["attention_mask", graph.ints("zero", [0])], "mask.real")
     real = graph.node("Unsqueeze", [real, graph.ints("axis.1", [1])], "mask.real_keys")
-    seen = graph.node("And", [seen, real], "mask.seen")
+    seen = graph.node("And", [seen, real], _numbered("mask.seen", index))
     zero, masked = graph.scalar("bias.zero", 0.0, "float32"), graph.scalar("bias.masked", LOWEST, "float32")
-    bias = graph.node("Where", [seen, zero, masked], "mask.bias")
-    graph.node("Unsqueeze", [bias, graph.ints("axes.heads", [1, 2])], "bias")
+    bias = graph.node("Where", [seen, zero, masked], _numbered("mask.bias", index))
+    graph.node("Unsqueeze", [bias, graph.ints("axes.heads", [1, 2])], _numbered("bias", index))
 
 
 def _add_attention(graph: "_Graph", decoder: Decoder, layer: Layer, index: int, normed: str) -> str:
@@ -127,22 +165,28 @@ def _add_attention(graph: "_Graph", decoder: Decoder, layer: Layer, index: int, 
     prefix = f"layers.{index}."
     num_heads, num_kv_heads, head_dim = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
 
-    def heads(name: str, weight: Weight, bias: Floats | None, gain: Floats | None, count: int) -> str:
+    def heads(name: str, weight: Weight, bias: Floats | None, norm: Norm | None, count: int) -> str:
         projected = graph.linear(prefix + name, weight, bias, normed)
         split = graph.node(
             "Reshape", [projected, graph.ints(f"split.{count}", [0, 0, count, head_dim])], f"{projected}.s"
         )
-        if gain is not None:
-            split = graph.rms_norm(prefix + name + "_norm", split, gain, decoder.norm_eps)
+        if norm is not None:
+            split = graph.norm(prefix + name + "_norm", split, norm)
         return graph.node("Transpose", [split], f"{projected}.heads", perm=[0, 2, 1, 3])
 
-    query = graph.rotated(heads("q", layer.q, layer.q_bias, layer.q_norm, num_heads))
-    key = graph.rotated(heads("k", layer.k, layer.k_bias, layer.k_norm, num_kv_heads))
+    def turned(value: str) -> str:
+        if layer.rotary is None:
+            return value
+        return graph.rotated(value, decoder.rotaries.index(layer.rotary), layer.rotary.dim, head_dim)
+
+    query = turned(heads("q", layer.q, layer.q_bias, layer.q_norm, num_heads))
+    key = turned(heads("k", layer.k, layer.k_bias, layer.k_norm, num_kv_heads))
     value = heads("v", layer.v, layer.v_bias, None, num_kv_heads)
     key = graph.node("Concat", [f"past_key_values.{index}.key", key], f"present.{index}.key", axis=2)
     value = graph.node("Concat", [f"past_key_values.{index}.value", value], f"present.{index}.value", axis=2)
 
-    scale = graph.scalar("attention.scale", head_dim**-0.5)
+    same = layer.attention_scale == decoder.layers[0].attention_scale
+    scale = graph.scalar("attention.scale" if same else prefix + "attention.scale", layer.attention_scale)
     query = graph.node("Mul", [query, scale], prefix + "q.scaled")
     grouped = graph.ints("split.groups", [0, num_kv_heads, num_heads // num_kv_heads, -1, head_dim])
     query = graph.node("Reshape", [query, grouped], prefix + "q.grouped")
@@ -151,7 +195,10 @@ def _add_attention(graph: "_Graph", decoder: Decoder, layer: Layer, index: int, 
     value = graph.node("Unsqueeze", [value, graph.ints("axis.2", [2])], prefix + "v.shared")
 
     scores = graph.cast(graph.node("MatMul", [query, key], prefix + "scores"), "float32")
-    scores = graph.node("Add", [scores, "bias"], prefix + "scores.masked")
+    if decoder.attention_softcap is not None:
+        scores = graph.softcapped(scores, decoder.attention_softcap)
+    bias = _numbered("bias", _windows(decoder).index(layer.window))
+    scores = graph.node("Add", [scores, bias], prefix + "scores.masked")
     weights = graph.node("Softmax", [scores], prefix + "weights", axis=-1)
     attended = graph.node("MatMul", [graph.cast(weights, graph.precision), value], prefix + "attended")
     attended = graph.node(
@@ -164,11 +211,13 @@ def _add_attention(graph: "_Graph", decoder: Decoder, layer: Layer, index: int, 
     return graph.linear(prefix + "o", layer.o, layer.o_bias, attended)
 
 
-def _add_feed_forward(graph: "_Graph", layer: Layer, prefix: str, normed: str) -> str:
-    gate = graph.linear(prefix + "gate", layer.gate, None, normed)
-    silu = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], gate + ".sigmoid")], gate + ".silu")
-    gated = graph.node("Mul", [silu, graph.linear(prefix + "up", layer.up, None, normed)], prefix + "gated")
-    return graph.linear(prefix + "down", layer.down, None, gated)
+def _add_feed_forward(graph: "_Graph", activation: Activation, layer: Layer, prefix: str, normed: str) -> str:
+    if layer.gate is None:
+        active = graph.active(activation, graph.linear(prefix + "up", layer.up, layer.up_bias, normed))
+        return graph.linear(prefix + "down", layer.down, layer.down_bias, active)
+    active = graph.active(activation, graph.linear(prefix + "gate", layer.gate, layer.gate_bias, normed))
+    gated = graph.node("Mul", [active, graph.linear(prefix + "up", layer.up, layer.up_bias, normed)], prefix + "gated")
+    return graph.linear(prefix + "down", layer.down, layer.down_bias, gated)
 
 
 @dataclass
@@ -179,11 +228,15 @@ class _Graph:
     nodes: list[Any] = field(default_factory=list)
     initializers: list[Any] = field(default_factory=list)
     _written: set[str] = field(default_factory=set)
+    _made: set[str] = field(default_factory=set)
 
     def node(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """Adds a node with one output, `name`."""
+        """The output of a node, `name`; added once, however often it is asked for."""
         from onnx import helper
 
+        if name in self._made:
+            return name
+        self._made.add(name)
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
@@ -226,26 +279,52 @@ class _Graph:
             )
         return self.constant(name, converted)
 
-    def rms_norm(self, name: str, value: str, gain: Floats, eps: float) -> str:
-        """value / sqrt(mean(value^2) + eps) * gain over the last dimension, computed in float32."""
+    def norm(self, name: str, value: str, norm: Norm) -> str:
+        """The norm over the last dimension, computed in float32."""
         exact = self.cast(value, "float32")
+        if norm.bias is not None:
+            weights = [self.constant(name + ".gain", norm.gain), self.constant(name + ".bias", norm.bias)]
+            normed = self.node("LayerNormalization", [exact, *weights], name + ".float32", axis=-1, epsilon=norm.eps)
+            return self.cast(normed, self.precision)
         square = self.node("Mul", [exact, exact], name + ".square")
         mean = self.node("ReduceMean", [square, self.ints("axes.last", [-1])], name + ".mean", keepdims=1)
-        shifted = self.node("Add", [mean, self.scalar(f"eps.{eps}", eps, "float32")], name + ".shifted")
+        shifted = self.node("Add", [mean, self.scalar(f"eps.{norm.eps}", norm.eps, "float32")], name + ".shifted")
         root = self.node("Sqrt", [shifted], name + ".root")
         normed = self.node("Div", [exact, root], name + ".normed")
-        return self.node("Mul", [self.cast(normed, self.precision), self.floats(name + ".gain", gain)], name)
+        return self.node("Mul", [self.cast(normed, self.precision), self.floats(name + ".gain", norm.gain)], name)
 
-    def rotated(self, value: str) -> str:
-        """[batch, heads, length, head_dim] with each pair of halves turned by its position's angle."""
+    def active(self, activation: Activation, value: str) -> str:
+        """`value` through the activation of the feed-forward."""
+        if activation == "silu":
+            return self.node("Mul", [value, self.node("Sigmoid", [value], value + ".sigmoid")], value + ".silu")
+        if activation == "relu":
+            return self.node("Relu", [value], value + ".relu")
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return self.node("Gelu", [value], f"{value}.{activation}", approximate=approximate)
+
+    def softcapped(self, value: str, cap: float) -> str:
+        """cap * tanh(value / cap), in float32."""
+        size = self.scalar(f"softcap.{cap}", cap, "float32")
+        small = self.node("Div", [value, size], value + ".scaled_down")
+        return self.node("Mul", [self.node("Tanh", [small], value + ".tanh"), size], value + ".softcapped")
+
+    def rotated(self, value: str, index: int, dim: int, head_dim: int) -> str:
+        """[batch, heads, length, head_dim], the halves of the first `dim` turned by their position's angle."""
         from onnx import helper
 
+        if dim < head_dim:
+            whole, turning, staying = value, value + ".turning", value + ".staying"
+            sizes = self.ints(f"rotary.split.{dim}", [dim, head_dim - dim])
+            split = helper.make_node("Split", [whole, sizes], [turning, staying], name=value + ".parts", axis=3)
+            self.nodes.append(split)
+            return self.node("Concat", [self.rotated(turning, index, dim, dim), staying], whole + ".rotated", axis=3)
+        cos, sin = _numbered("cos", index), _numbered("sin", index)
         first, second = value + ".first", value + ".second"
         self.nodes.append(
             helper.make_node("Split", [value], [first, second], name=value + ".halves", axis=3, num_outputs=2)
         )
-        left = [self.node("Mul", [first, "cos"], first + ".cos"), self.node("Mul", [second, "sin"], second + ".sin")]
-        right = [self.node("Mul", [second, "cos"], second + ".cos"), self.node("Mul", [first, "sin"], first + ".sin")]
+        left = [self.node("Mul", [first, cos], first + ".cos"), self.node("Mul", [second, sin], second + ".sin")]
+        right = [self.node("Mul", [second, cos], second + ".cos"), self.node("Mul", [first, sin], first + ".sin")]
         turned = [self.node("Sub", left, first + ".turned"), self.node("Add", right, second + ".turned")]
         return self.node("Concat", turned, value + ".rotated", axis=3)
 

@@ -27,7 +27,7 @@ def write_genai_config(checkpoint: Path, decoder: "Decoder", out: Path, *, graph
     beginning = config.get("bos_token_id")
     names = {"key": "past_key_values.%d.key", "value": "past_key_values.%d.value"}
     model = {
-        "type": config["model_type"],
+        "type": "decoder",  # whatever the family: all that is particular to it is in the graph
         "bos_token_id": eos_ids[0] if beginning is None else beginning,
         "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
         "pad_token_id": decoder.vocab_size - 1 if pad is None or pad in eos_ids else pad,

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.engines.decoder import Decoder, Floats, Layer, Weight, shape
+from tasks.engines.decoder import Decoder, Floats, Layer, Norm, Weight, shape
+from tasks.engines.families import Activation
 from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
@@ -101,9 +102,10 @@ def _count_products(nodes: list[Any]) -> str:
 
 
 def _add_decoder(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> None:
-    cos, sin = decoder.rotary_tables(max_length)
-    graph.weight("rotary_cos", cos)
-    graph.weight("rotary_sin", sin)
+    _refuse_head_dim(decoder)
+    for index, rotary in enumerate(decoder.rotaries):
+        for name, table in zip(("cos", "sin"), rotary.tables(max_length), strict=True):
+            graph.weight(_rotary_table(name, index), table)
     graph.node("Shape", ["input_ids"], ["input_shape"])
     graph.node("Concat", ["input_shape", graph.constant("rest", np.array([-1]))], ["by_sequence"], axis=0)
     graph.constant("by_position", np.array([-1, 1, 0]))  # 0 keeps the last dimension
@@ -112,24 +114,36 @@ def _add_decoder(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> No
     _add_lengths(graph)
 
     graph.node("Reshape", ["input_ids", graph.constant("column", np.array([-1, 1]))], ["ids"])
-    hidden = graph.embedding("embedding", decoder.embedding, "ids", decoder.hidden_size)
+    hidden = _add_embedding(graph, decoder, max_length)
     delta: str | None = None  # what the last block's feed-forward adds to the residual stream
     for index, layer in enumerate(decoder.layers):
         prefix = f"layers.{index}."
-        hidden, normed = _add_norm(graph, prefix + "input_norm", hidden, delta, layer.input_norm, decoder.norm_eps)
+        hidden, normed = _add_norm(graph, prefix + "input_norm", hidden, delta, layer.attention_norm)
         attended = _add_attention(graph, decoder, layer, index, prefix, normed)
         if index + 1 == len(decoder.layers):  # past the last attention, only the positions asked for
             hidden = graph.by_position(graph.last_positions(graph.by_sequence(hidden)))
             attended = graph.last_positions(attended)
         attended = graph.by_position(attended)
-        delta = graph.linear(prefix + "o", [layer.o], [layer.o_bias], attended)
-        hidden, normed = _add_norm(
-            graph, prefix + "post_attention_norm", hidden, delta, layer.post_attention_norm, decoder.norm_eps
-        )
-        delta = _add_feed_forward(graph, layer, prefix, normed)
-    _, normed = _add_norm(graph, "norm", hidden, delta, decoder.norm, decoder.norm_eps)
+        attended = graph.linear(prefix + "o", [layer.o], [layer.o_bias], attended)
+        if layer.attention_output_norm:
+            _, attended = _add_norm(
+                graph, prefix + "attention_output_norm", attended, None, layer.attention_output_norm
+            )
+        residual = None if decoder.parallel_residual else attended
+        hidden, normed = _add_norm(graph, prefix + "post_attention_norm", hidden, residual, layer.feed_forward_norm)
+        delta = _add_feed_forward(graph, decoder.activation, layer, prefix, normed)
+        if layer.feed_forward_output_norm:
+            _, delta = _add_norm(
+                graph, prefix + "feed_forward_output_norm", delta, None, layer.feed_forward_output_norm
+            )
+        if decoder.parallel_residual:
+            graph.node("Add", [attended, delta], [prefix + "both"])
+            delta = prefix + "both"
+    _, normed = _add_norm(graph, "norm", hidden, delta, decoder.norm)
     name = "embedding" if decoder.tied else "lm_head"
     logits = graph.linear(name, [decoder.lm_head], [None], normed, output="logits.by_position")
+    if decoder.logit_softcap is not None:
+        logits = _add_softcap(graph, logits, decoder.logit_softcap)
     graph.node("Gather", ["input_shape", graph.constant("first", np.array([0]))], ["batch"], axis=0)
     graph.node(
         "Concat", ["batch", graph.constant("rows", np.array([-1, decoder.vocab_size]))], ["logits.shape"], axis=0
@@ -140,86 +154,178 @@ def _add_decoder(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> No
 def _add_lengths(graph: "_GraphWriter") -> None:
     """`last_position` [batch] int32, of each sequence's last token, and `total_length` [] int32, of the longest."""
     graph.node("ReduceSum", ["attention_mask", graph.constant("axis_1", np.array([1]))], ["lengths"], keepdims=0)
-    graph.node("Sub", ["lengths", graph.constant("one_token", np.array(1))], ["last_positions"])
+    graph.node("Sub", ["lengths", graph.constant("scalar_1", np.array(1))], ["last_positions"])
     graph.node("Cast", ["last_positions"], ["last_position"], to=INT32)
     graph.node("Shape", ["attention_mask"], ["mask_shape"])
-    graph.node("Gather", ["mask_shape", graph.constant("second", np.array(1))], ["total"], axis=0)
+    graph.node("Gather", ["mask_shape", graph.constant("scalar_1", np.array(1))], ["total"], axis=0)
     graph.node("Cast", ["total"], ["total_length"], to=INT32)
 
 
-def _add_norm(
-    graph: "_GraphWriter", name: str, hidden: str, delta: str | None, gain: Floats, eps: float
-) -> tuple[str, str]:
-    """The residual stream after adding `delta`, and its RMS norm, in one node."""
-    graph.weight(name + ".gain", gain)
+def _refuse_head_dim(decoder: Decoder) -> None:
+    if decoder.head_dim % 8:
+        raise ValueError(
+            f"ONNX Runtime's attention needs heads of a multiple of 8 dimensions; these have {decoder.head_dim}. "
+            "Use the engine 'openvino' or 'pytorch'."
+        )
+
+
+def _rotary_table(name: str, index: int) -> str:
+    return f"rotary_{name}.{index}" if index else f"rotary_{name}"
+
+
+def _add_embedding(graph: "_GraphWriter", decoder: Decoder, max_length: int) -> str:
+    """The residual stream before the first block."""
+    hidden = graph.embedding("embedding", decoder.embedding, "ids", decoder.hidden_size)
+    if decoder.embedding_scale != 1:
+        scale = graph.constant("embedding_scale", np.array(decoder.embedding_scale, np.float32))
+        graph.node("Mul", [hidden, scale], ["embedding.scaled"])
+        hidden = "embedding.scaled"
+    if decoder.positions is not None:
+        table = graph.weight("positions.weight", decoder.positions[:max_length])
+        graph.node("Gather", [table, _add_positions(graph)], ["positions.by_sequence"], axis=0)
+        graph.node("Add", [hidden, graph.by_position("positions.by_sequence")], ["embedding.positioned"])
+        hidden = "embedding.positioned"
+    return hidden
+
+
+def _add_positions(graph: "_GraphWriter") -> str:
+    """[batch, length] int64: the position of every token, counted back from the last; of a prompt's padding, some."""
+    if not graph.once("positions"):
+        return "positions"
+    one, zero = graph.constant("scalar_1", np.array(1)), graph.constant("scalar_0", np.array(0))
+    graph.node("Gather", ["input_shape", one], ["input_length"], axis=0)
+    graph.node("Range", [zero, "input_length", one], ["places"])
+    graph.node("Sub", ["lengths", "input_length"], ["positions.before"])  # negative where padding is on the right
+    graph.node("Max", ["positions.before", zero], ["positions.first"])
+    graph.node("Unsqueeze", ["positions.first", graph.constant("rest", np.array([-1]))], ["positions.first_column"])
+    graph.node("Add", ["positions.first_column", "places"], ["positions"])
+    return "positions"
+
+
+def _add_softcap(graph: "_GraphWriter", logits: str, cap: float) -> str:
+    """cap * tanh(logits / cap)."""
+    value = graph.constant("logit_softcap", np.array(cap, np.float32))
+    graph.node("Div", [logits, value], ["logits.scaled"])
+    graph.node("Tanh", ["logits.scaled"], ["logits.tanh"])
+    graph.node("Mul", ["logits.tanh", value], ["logits.capped"])
+    return "logits.capped"
+
+
+def _add_norm(graph: "_GraphWriter", name: str, hidden: str, delta: str | None, norm: Norm) -> tuple[str, str]:
+    """The residual stream after adding `delta`, and its norm, in one node."""
+    weights = [graph.weight(name + ".gain", norm.gain)]
+    if norm.bias is not None:
+        weights.append(graph.weight(name + ".bias", norm.bias))
+    kind = "SimplifiedLayerNormalization" if norm.kind == "rms" else "LayerNormalization"
     if delta is None:
-        graph.node("SimplifiedLayerNormalization", [hidden, name + ".gain"], [name], axis=-1, epsilon=eps, stash_type=1)
+        graph.node(kind, [hidden, *weights], [name], axis=-1, epsilon=norm.eps, stash_type=1)
         return hidden, name
-    graph.node(
-        "SkipSimplifiedLayerNormalization",
-        [delta, hidden, name + ".gain"],
-        [name, "", "", name + ".sum"],
-        MICROSOFT,
-        epsilon=eps,
-    )
+    graph.node("Skip" + kind, [delta, hidden, *weights], [name, "", "", name + ".sum"], MICROSOFT, epsilon=norm.eps)
     return name + ".sum", name
 
 
 def _add_attention(graph: "_GraphWriter", decoder: Decoder, layer: Layer, index: int, prefix: str, normed: str) -> str:
     weights, biases = [layer.q, layer.k, layer.v], [layer.q_bias, layer.k_bias, layer.v_bias]
-    if _same_grid(weights) and layer.q_norm is None and layer.k_norm is None:
+    tables, turned_inside = _rotary_tables(decoder, layer)
+    if _same_grid(weights) and layer.q_norm is None and layer.k_norm is None and (turned_inside or not tables):
         projected = [graph.by_sequence(graph.linear(prefix + "qkv", weights, biases, normed)), "", ""]
     else:
         projected = [
             graph.by_sequence(graph.linear(prefix + name, [weight], [bias], normed))
             for name, weight, bias in zip("qkv", weights, biases, strict=True)
         ]
-        for position, gain in ((0, layer.q_norm), (1, layer.k_norm)):
-            if gain is not None:
-                projected[position] = graph.norm_heads(projected[position], gain, decoder.norm_eps)
-    rounding: dict[str, Any] = {}
+        for position, norm in ((0, layer.q_norm), (1, layer.k_norm)):
+            if norm is not None:
+                projected[position] = graph.norm_heads(projected[position], norm)
+    if layer.rotary is not None and not turned_inside:
+        for position, num_heads in ((0, decoder.num_heads), (1, decoder.num_kv_heads)):
+            projected[position] = _add_rotation(graph, projected[position], tables, num_heads, layer.rotary.dim)
+    options: dict[str, Any] = {}
     scales: list[str] = []
     if decoder.cache:
-        rounding = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+        options = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
         scales = [
             graph.constant(f"{prefix}{name}_scale", np.array([scale], np.float32))
             for name, scale in zip("kv", decoder.cache.of_blocks[index], strict=True)
         ]
+    if layer.attention_scale != decoder.head_dim**-0.5:  # which is what it takes by default
+        options["scale"] = layer.attention_scale
+    if decoder.attention_softcap is not None:
+        options["softcap"] = decoder.attention_softcap
+    past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+    inputs = [*projected, *past, "last_position", "total_length"]
+    if turned_inside or scales:
+        inputs += tables if turned_inside else ["", ""]
+    if scales:
+        inputs += ["", "", "", *scales]  # positions, bias and sinks are left out
     graph.node(
         "GroupQueryAttention",
-        [
-            *projected,
-            f"past_key_values.{index}.key",
-            f"past_key_values.{index}.value",
-            "last_position",
-            "total_length",
-            "rotary_cos",
-            "rotary_sin",
-            *(["", "", "", *scales] if scales else []),  # positions, bias and sinks are left out
-        ],
+        inputs,
         [prefix + "attention", f"present.{index}.key", f"present.{index}.value"],
         MICROSOFT,
         num_heads=decoder.num_heads,
         kv_num_heads=decoder.num_kv_heads,
-        do_rotary=1,
+        do_rotary=int(turned_inside),
         rotary_interleaved=0,
-        local_window_size=decoder.sliding_window or -1,
-        **rounding,
+        local_window_size=layer.window or -1,
+        **options,
     )
     return prefix + "attention"
 
 
-def _add_feed_forward(graph: "_GraphWriter", layer: Layer, prefix: str, normed: str) -> str:
+def _rotary_tables(decoder: Decoder, layer: Layer) -> tuple[list[str], bool]:
+    """Names of the layer's cosines and sines, and whether GroupQueryAttention takes them; [] without rotation.
+
+    It takes heads of a multiple of 16 dimensions, of which a multiple of 16 turn.
+    """
+    if layer.rotary is None:
+        return [], False
+    index = decoder.rotaries.index(layer.rotary)
+    inside = decoder.head_dim % 16 == 0 and layer.rotary.dim % 16 == 0
+    return [_rotary_table(name, index) for name in ("cos", "sin")], inside
+
+
+def _add_rotation(graph: "_GraphWriter", projected: str, tables: list[str], num_heads: int, dim: int) -> str:
+    """Queries or keys [batch, length, heads * head_dim], the first `dim` dimensions of every head turned."""
+    graph.node(
+        "RotaryEmbedding",
+        [projected, _add_positions(graph), *tables],
+        [projected + ".turned"],
+        MICROSOFT,
+        num_heads=num_heads,
+        rotary_embedding_dim=dim,
+    )
+    return projected + ".turned"
+
+
+def _add_feed_forward(graph: "_GraphWriter", activation: Activation, layer: Layer, prefix: str, normed: str) -> str:
     gate, up = prefix + "gate", prefix + "up"
+    if layer.gate is None:
+        graph.linear(up, [layer.up], [layer.up_bias], normed)
+        active = _add_activation(graph, activation, up)
+        return graph.linear(prefix + "down", [layer.down], [layer.down_bias], active)
     if _same_grid([layer.gate, layer.up]):
-        both = graph.linear(prefix + "gate_up", [layer.gate, layer.up], [None, None], normed)
+        biases = [layer.gate_bias, layer.up_bias]
+        both = graph.linear(prefix + "gate_up", [layer.gate, layer.up], biases, normed)
         graph.node("Split", [both], [gate, up], axis=-1, num_outputs=2)
     else:
-        graph.linear(gate, [layer.gate], [None], normed, output=gate)
-        graph.linear(up, [layer.up], [None], normed, output=up)
-    graph.node("QuickGelu", [gate], [gate + ".silu"], MICROSOFT, alpha=1.0)  # x * sigmoid(alpha * x)
-    graph.node("Mul", [gate + ".silu", up], [prefix + "gated"])
-    return graph.linear(prefix + "down", [layer.down], [None], prefix + "gated")
+        graph.linear(gate, [layer.gate], [layer.gate_bias], normed, output=gate)
+        graph.linear(up, [layer.up], [layer.up_bias], normed, output=up)
+    graph.node("Mul", [_add_activation(graph, activation, gate), up], [prefix + "gated"])
+    return graph.linear(prefix + "down", [layer.down], [layer.down_bias], prefix + "gated")
+
+
+def _add_activation(graph: "_GraphWriter", activation: Activation, value: str) -> str:
+    output = f"{value}.{activation}"
+    if activation == "silu":
+        graph.node("QuickGelu", [value], [output], MICROSOFT, alpha=1.0)  # x * sigmoid(alpha * x)
+    elif activation == "gelu_tanh":
+        graph.node("FastGelu", [value], [output], MICROSOFT)
+    elif activation == "gelu":
+        graph.node("Gelu", [value], [output], MICROSOFT)
+    else:
+        graph.node("Relu", [value], [output])
+    return output
 
 
 class _GraphWriter:
@@ -268,6 +374,12 @@ class _GraphWriter:
         self._file.write(value.data)
         return name
 
+    def once(self, name: str) -> bool:
+        """Whether `name` is asked for the first time: what several nodes read is made once."""
+        first = name not in self._written
+        self._written.add(name)
+        return first
+
     def last_positions(self, hidden: str) -> str:
         """[batch, num_logits, features] out of [batch, length, features]."""
         end = self.constant("last_end", np.array([np.iinfo(np.int64).max]))
@@ -284,18 +396,18 @@ class _GraphWriter:
         self.node("Reshape", [hidden, "by_position"], [hidden + ".by_position"])
         return hidden + ".by_position"
 
-    def norm_heads(self, projected: str, gain: Floats, eps: float) -> str:
+    def norm_heads(self, projected: str, norm: Norm) -> str:
         """RMS norm of every head of [batch, length, heads * head_dim]."""
-        self.constant("split_heads", np.array([0, 0, -1, len(gain)]))
+        self.constant("split_heads", np.array([0, 0, -1, len(norm.gain)]))
         self.constant("join_heads", np.array([0, 0, -1]))
-        self.weight(projected + ".gain", gain)
+        self.weight(projected + ".gain", norm.gain)
         self.node("Reshape", [projected, "split_heads"], [projected + ".heads"])
         self.node(
             "SimplifiedLayerNormalization",
             [projected + ".heads", projected + ".gain"],
             [projected + ".normed_heads"],
             axis=-1,
-            epsilon=eps,
+            epsilon=norm.eps,
             stash_type=1,
         )
         self.node("Reshape", [projected + ".normed_heads", "join_heads"], [projected + ".normed"])

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.engines.decoder import Decoder, Floats, Layer, Weight
+from tasks.engines.decoder import Decoder, Floats, Layer, Norm, Weight
+from tasks.engines.families import Activation
+from tasks.engines.rotary import Rotary
 from tasks.quantization.checkpoint_format import QuantizedWeight
 
 MASKED = -65504.0  # float16's lowest: finite in every precision, so that a row masked whole is no NaN
@@ -42,19 +44,30 @@ def build_model(decoder: Decoder) -> Any:
     embedding = _weight(decoder.embedding, "model.embed_tokens.weight")
     lm_head = embedding if decoder.tied else _weight(decoder.lm_head, "lm_head.weight")
     hidden = ops.gather(embedding, ops.convert(input_ids, "i32"), ops.constant(0, dtype=np.int32))
+    if decoder.embedding_scale != 1:
+        hidden = ops.multiply(hidden, np.float32(decoder.embedding_scale))
+    if decoder.positions is not None:
+        table = _constant(decoder.positions, "positions")
+        learned = ops.gather(table, ops.convert(position_ids, "i32"), ops.constant(0, dtype=np.int32))
+        hidden = ops.add(hidden, learned)
     attention = _Attention(decoder, input_ids, attention_mask, position_ids, beam_idx)
     for index, layer in enumerate(decoder.layers):
         prefix = f"model.layers.{index}."
-        normed = _rms_norm(hidden, layer.input_norm, decoder.norm_eps, prefix + "input_layernorm.weight")
-        hidden = ops.add(hidden, attention.apply(normed, layer, index))
-        normed = _rms_norm(
-            hidden, layer.post_attention_norm, decoder.norm_eps, prefix + "post_attention_layernorm.weight"
-        )
-        gate = ops.swish(_linear(normed, layer.gate, prefix + "mlp.gate_proj"))
-        product = ops.multiply(gate, _linear(normed, layer.up, prefix + "mlp.up_proj"))
-        hidden = ops.add(hidden, _linear(product, layer.down, prefix + "mlp.down_proj"))
-    hidden = _rms_norm(hidden, decoder.norm, decoder.norm_eps, "model.norm.weight")
+        normed = _norm(hidden, layer.attention_norm, prefix + "input_layernorm")
+        attended = attention.apply(normed, layer, index)
+        if layer.attention_output_norm:
+            attended = _norm(attended, layer.attention_output_norm, prefix + "attention_output_norm")
+        before, hidden = hidden, ops.add(hidden, attended)
+        source = before if decoder.parallel_residual else hidden
+        normed = _norm(source, layer.feed_forward_norm, prefix + "post_attention_layernorm")
+        fed = _feed_forward(normed, layer, decoder.activation, prefix + "mlp.")
+        if layer.feed_forward_output_norm:
+            fed = _norm(fed, layer.feed_forward_output_norm, prefix + "feed_forward_output_norm")
+        hidden = ops.add(hidden, fed)
+    hidden = _norm(hidden, decoder.norm, "model.norm")
     logits = ops.matmul(hidden, lm_head, False, True, name="lm_head")
+    if decoder.logit_softcap is not None:
+        logits = _softcapped(logits, decoder.logit_softcap)
     logits.output(0).set_names({"logits"})
 
     model = openvino.Model([ops.result(logits, name="logits_result")], attention.sinks, parameters, "decoder")
@@ -85,8 +98,9 @@ class _Attention:
         self.decoder = decoder
         self.beam_idx = beam_idx
         self.batch_size = _dimension(input_ids, 0)
-        self.mask = _mask(input_ids, attention_mask, decoder.sliding_window)
-        self.cos, self.sin = _rotary(position_ids, decoder.inverse_frequencies)
+        windows = dict.fromkeys(layer.window for layer in decoder.layers)
+        self.masks = {window: _mask(input_ids, attention_mask, window) for window in windows}
+        self.angles = [_angles(position_ids, rotary) for rotary in decoder.rotaries]
         self.sinks: list[Any] = []
 
     def apply(self, hidden: Any, layer: Layer, index: int) -> Any:
@@ -97,11 +111,9 @@ class _Attention:
         query = self._heads(hidden, layer.q, layer.q_bias, layer.q_norm, decoder.num_heads, prefix + "q")
         key = self._heads(hidden, layer.k, layer.k_bias, layer.k_norm, decoder.num_kv_heads, prefix + "k")
         value = self._heads(hidden, layer.v, layer.v_bias, None, decoder.num_kv_heads, prefix + "v")
-        keys = self._cache(self._rotate(key), f"past_key_values.{index}.keypresent.{index}.key")
+        keys = self._cache(self._rotate(key, layer), f"past_key_values.{index}.keypresent.{index}.key")
         values = self._cache(value, f"past_key_values.{index}.valuepresent.{index}.value")
-        attended = ops.scaled_dot_product_attention(
-            self._rotate(query), self._repeat(keys), self._repeat(values), self.mask
-        )
+        attended = self._attend(self._rotate(query, layer), self._repeat(keys), self._repeat(values), layer)
         merged = ops.reshape(
             ops.transpose(attended, np.array([0, 2, 1, 3])),
             np.array([0, 0, decoder.num_heads * decoder.head_dim]),
@@ -109,8 +121,21 @@ class _Attention:
         )
         return _linear(merged, layer.o, prefix + "o_proj", layer.o_bias)
 
+    def _attend(self, query: Any, keys: Any, values: Any, layer: Layer) -> Any:
+        """softmax(scores + mask) values, [batch, heads, length, head_dim]; fused unless the scores are capped."""
+        from openvino import opset13 as ops
+
+        mask, scale = self.masks[layer.window], np.float32(layer.attention_scale)
+        if self.decoder.attention_softcap is None:
+            if layer.attention_scale == self.decoder.head_dim**-0.5:  # the operator's own
+                return ops.scaled_dot_product_attention(query, keys, values, mask)
+            return ops.scaled_dot_product_attention(query, keys, values, mask, ops.constant(scale))
+        scores = ops.matmul(ops.multiply(query, scale), keys, False, True)
+        scores = ops.add(_softcapped(scores, self.decoder.attention_softcap), mask)
+        return ops.matmul(ops.softmax(scores, -1), values, False, False)
+
     def _heads(
-        self, hidden: Any, weight: Weight, bias: Floats | None, norm: Floats | None, num_heads: int, name: str
+        self, hidden: Any, weight: Weight, bias: Floats | None, norm: Norm | None, num_heads: int, name: str
     ) -> Any:
         """[batch, length, hidden_size] -> [batch, num_heads, length, head_dim]."""
         from openvino import opset13 as ops
@@ -121,19 +146,23 @@ class _Attention:
             special_zero=True,
         )
         if norm is not None:
-            projected = _rms_norm(projected, norm, self.decoder.norm_eps, name + "_norm.weight")
+            projected = _norm(projected, norm, name + "_norm")
         return ops.transpose(projected, np.array([0, 2, 1, 3]))
 
-    def _rotate(self, x: Any) -> Any:
-        """x cos + rotate_half(x) sin, [batch, heads, length, head_dim]."""
+    def _rotate(self, x: Any, layer: Layer) -> Any:
+        """x cos + rotate_half(x) sin of the dimensions that turn, [batch, heads, length, head_dim]."""
         from openvino import opset13 as ops
 
-        half = self.decoder.head_dim // 2
-        axis, step = np.array([3]), np.array([1])
-        first = ops.slice(x, np.array([0]), np.array([half]), step, axis)
-        second = ops.slice(x, np.array([half]), np.array([np.iinfo(np.int64).max]), step, axis)
-        rotated = ops.concat([ops.multiply(second, np.float32(-1)), first], -1)
-        return ops.add(ops.multiply(x, self.cos), ops.multiply(rotated, self.sin))
+        if layer.rotary is None:
+            return x
+        cos, sin = self.angles[self.decoder.rotaries.index(layer.rotary)]
+        dim = layer.rotary.dim
+        turning = x if dim == self.decoder.head_dim else _part(x, 0, dim)
+        rotated = ops.concat(
+            [ops.multiply(_part(turning, dim // 2, None), np.float32(-1)), _part(turning, 0, dim // 2)], -1
+        )
+        turned = ops.add(ops.multiply(turning, cos), ops.multiply(rotated, sin))
+        return turned if dim == self.decoder.head_dim else ops.concat([turned, _part(x, dim, None)], -1)
 
     def _cache(self, current: Any, variable: str) -> Any:
         """What the variable holds, reordered by beam_idx, with `current` appended; the variable then holds that."""
@@ -162,6 +191,43 @@ class _Attention:
             ops.unsqueeze(cached, np.array(2)), np.array([1, 1, times, 1, 1]), broadcast_spec="BIDIRECTIONAL"
         )
         return ops.reshape(repeated, np.array([0, decoder.num_heads, -1, decoder.head_dim]), special_zero=True)
+
+
+def _part(x: Any, start: int, stop: int | None) -> Any:
+    """x[..., start:stop] of [batch, heads, length, head_dim]."""
+    from openvino import opset13 as ops
+
+    end = np.iinfo(np.int64).max if stop is None else stop
+    return ops.slice(x, np.array([start]), np.array([end]), np.array([1]), np.array([3]))
+
+
+def _feed_forward(x: Any, layer: Layer, activation: Activation, prefix: str) -> Any:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+    from openvino import opset13 as ops
+
+    if layer.gate is None:
+        hidden = _active(_linear(x, layer.up, prefix + "up_proj", layer.up_bias), activation)
+    else:
+        gate = _active(_linear(x, layer.gate, prefix + "gate_proj", layer.gate_bias), activation)
+        hidden = ops.multiply(gate, _linear(x, layer.up, prefix + "up_proj", layer.up_bias))
+    return _linear(hidden, layer.down, prefix + "down_proj", layer.down_bias)
+
+
+def _active(x: Any, activation: Activation) -> Any:
+    from openvino import opset13 as ops
+
+    if activation == "silu":
+        return ops.swish(x)
+    if activation == "relu":
+        return ops.relu(x)
+    return ops.gelu(x, "tanh" if activation == "gelu_tanh" else "erf")
+
+
+def _softcapped(x: Any, cap: float) -> Any:
+    """cap * tanh(x / cap)."""
+    from openvino import opset13 as ops
+
+    return ops.multiply(ops.tanh(ops.divide(x, np.float32(cap))), np.float32(cap))
 
 
 def _linear(x: Any, weight: Weight, name: str, bias: Floats | None = None) -> Any:
@@ -265,25 +331,34 @@ def _named(node: Any, name: str) -> Any:
     return node
 
 
-def _rms_norm(x: Any, weight: Floats, eps: float, name: str) -> Any:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+def _norm(x: Any, norm: Norm, name: str) -> Any:
+    """The norm over the last axis; `name` is the module's, without `.weight`."""
     from openvino import opset13 as ops
 
-    mean = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
-    norm = ops.divide(np.float32(1), ops.sqrt(ops.add(mean, np.float32(eps))))
     rank = len(x.get_output_partial_shape(0))
-    return ops.multiply(ops.multiply(x, norm), _constant(weight.reshape([1] * (rank - 1) + [-1]), name))
+    gain = _constant(norm.gain.reshape([1] * (rank - 1) + [-1]), name + ".weight")
+    if norm.bias is not None:
+        normed = ops.mvn(x, np.array([-1]), True, norm.eps, "inside_sqrt")
+        return ops.add(
+            ops.multiply(normed, gain), _constant(norm.bias.reshape([1] * (rank - 1) + [-1]), name + ".bias")
+        )
+    mean = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
+    inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(mean, np.float32(norm.eps))))
+    return ops.multiply(ops.multiply(x, inverse), gain)
 
 
-def _rotary(position_ids: Any, inverse_frequencies: Floats) -> tuple[Any, Any]:
-    """Cosines and sines of the angles, each [batch, 1, length, head_dim], the halves equal."""
+def _angles(position_ids: Any, rotary: Rotary) -> tuple[Any, Any]:
+    """Cosines and sines of the angles, each [batch, 1, length, rotary_dim], the halves equal."""
     from openvino import opset13 as ops
 
     positions = ops.convert(ops.unsqueeze(position_ids, np.array(2)), "f32")
-    angles = ops.multiply(positions, _constant(inverse_frequencies.reshape(1, 1, -1), "inverse_frequencies"))
+    angles = ops.multiply(positions, _constant(rotary.inverse_frequencies.reshape(1, 1, -1), "inverse_frequencies"))
     both = ops.concat([angles, angles], -1)
     axis = np.array(1)
-    return ops.unsqueeze(ops.cos(both), axis), ops.unsqueeze(ops.sin(both), axis)
+    cos, sin = ops.unsqueeze(ops.cos(both), axis), ops.unsqueeze(ops.sin(both), axis)
+    if rotary.scale == 1:
+        return cos, sin
+    return ops.multiply(cos, np.float32(rotary.scale)), ops.multiply(sin, np.float32(rotary.scale))
 
 
 def _mask(input_ids: Any, attention_mask: Any, sliding_window: int | None) -> Any:

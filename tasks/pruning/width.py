@@ -71,16 +71,21 @@ class Width(BaseModel, frozen=True, extra="forbid"):
         report: Report,
     ) -> None:
         """Make the feed-forward networks of `model` narrower, in place, and its configuration with them."""
+        import torch
+
         from tasks.calibration.layerwise import observe_inputs
 
         option = family.intermediate_size_option
-        size = self.size(getattr(model.config, option))
+        before = int(getattr(model.config, option))
+        size = self.size(before)
         outputs = [layer for layer in layers if layer.endswith(f".{family.mlp_output}")]
         for output, activity in observe_inputs(model, batches, outputs, InputActivity, report).items():
             kept = most_important(activity.value, size)
             block = model.get_submodule(output.removesuffix(f".{family.mlp_output}"))
             for name in family.mlp_inputs:
-                keep_outputs_(block.get_submodule(name), kept)
+                linear = block.get_submodule(name)
+                num_parts = linear.out_features // before  # gate and up may be one layer
+                keep_outputs_(linear, torch.cat([kept + part * before for part in range(num_parts)]))
             keep_inputs_(block.get_submodule(family.mlp_output), kept)
         setattr(model.config, option, size)
 

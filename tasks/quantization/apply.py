@@ -137,6 +137,11 @@ def _quantize(
     with SourceWeights(checkpoint) as source:
         planned = plan(checkpoint, source, method, chosen)
         family, linears = planned.family, planned.linears
+        if kv_cache and not family.cache_scales:
+            raise ValueError(
+                f"`kv_cache` must be left out for the family {family.family}: stock transformers does not take scales "
+                f"of its KV cache; got {kv_cache}. Use the engine's own option where it has one."
+            )
         inputs = kinds_of_inputs(activations, linears, [module for module in linears if planned.targets[module]])
         batches = _activation_batches(activations, kv_cache, data, int(planned.config["vocab_size"]))
         with (

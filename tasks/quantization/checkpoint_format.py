@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.calibration.architectures import architecture
 from tasks.calibration.tensor_files import Tensors
 from tasks.quantization.activations import Format, Inputs
 from tasks.quantization.packing import pack, unpack
@@ -38,7 +39,8 @@ from tasks.quantization.packing import pack, unpack
 PACKED = "pack-quantized"
 PLAIN = "int-quantized"
 FLOAT = "float-quantized"
-TABLES = ("embed_tokens", "lm_head")
+EMBEDDINGS = ("embed_tokens", "embed_in")  # ends of their names
+TABLES = (*EMBEDDINGS, "lm_head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +176,11 @@ def read_cache_scales(checkpoint: Path) -> CacheScales | None:
     got = {key: scheme.get(key, value) for key, value in expected.items()}
     if got != expected:
         raise ValueError(f"The KV cache must be quantized with {expected}; got {got}. Quantize the model again.")
-    blocks = []
+    blocks, family = [], architecture(config["model_type"])
     with Tensors(checkpoint) as tensors:
-        for index in range(int(config["num_hidden_layers"])):
-            key, value = (tensors.floats(f"model.layers.{index}.self_attn.{name}_scale").item() for name in "kv")
+        for index in range(int(config[family.num_layers_option])):
+            attention = f"{family.block(index)}.{family.attention_module}"
+            key, value = (tensors.floats(f"{attention}.{name}_scale").item() for name in "kv")
             blocks.append((float(key), float(value)))
     return CacheScales("float8_e4m3" if scheme.get("type") == "float" else "int8", tuple(blocks))
 
@@ -262,7 +265,7 @@ def _read_inputs(tensors: Tensors, module: str, arguments: Mapping[str, Any] | N
 
 def layer_group(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group of `config_groups` that `module` belongs to: by exact name, else by pattern, else by class."""
-    kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
+    kind = "Embedding" if module.endswith(EMBEDDINGS) else "Linear"
     groups = quantization["config_groups"].values()
     by_name = [group for group in groups if module in group["targets"]]
     by_pattern = [group for group in groups if any(_matches(target, module) for target in group["targets"])]

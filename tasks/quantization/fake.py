@@ -184,18 +184,20 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An embedding with a trainable quantized weight; only the rows that are looked up are de-quantized."""
 
-    def __init__(self, quantized: TrainableWeight) -> None:
+    def __init__(self, quantized: TrainableWeight, scale: float = 1.0) -> None:
         super().__init__()
         self.quantized = quantized
+        self.scale = scale
 
     @property
     def weight(self) -> Tensor:
-        """[vocab_size, hidden] float32."""
+        """[vocab_size, hidden] float32, not scaled."""
         return _recomputed(self.quantized.rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The embeddings of `ids`, [..., hidden]."""
-        return self.quantized.rows(ids)
+        rows = self.quantized.rows(ids)
+        return rows if self.scale == 1 else rows * torch.tensor(self.scale)
 
 
 def make_trainable_(
@@ -218,7 +220,8 @@ def make_trainable_(
         trained[name] = TrainableWeight(weight, layer.weight if latent else None)
         if isinstance(layer, nn.Embedding):
             head = model.get_output_embeddings()
-            model.set_input_embeddings(QuantizedEmbedding(trained[name]))
+            scale = getattr(layer, "scalar_embed_scale", 1.0)  # Gemma's rows are multiplied
+            model.set_input_embeddings(QuantizedEmbedding(trained[name], scale))
             if tied:
                 model.set_output_embeddings(QuantizedLinear(trained[name], head.bias))
         else:

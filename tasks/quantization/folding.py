@@ -2,7 +2,8 @@
 
 x / s reaches a layer with weights W diag(s) instead of x with W, where s is divided out of the norm before q, k and v
 or before gate and up, or out of the up projection's rows before down. The output projection of attention is left alone,
-since grouped values cannot be scaled per query head.
+since grouped values cannot be scaled per query head, and so is that of a feed-forward network without a gate, whose
+inputs are no linear function of anything.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -36,11 +37,10 @@ def fold_(
     """
     changed = {}
     up = family.mlp_inputs[-1]
-    for before, step in (
-        (family.attention_norm, family.steps[0]),
-        (family.mlp_norm, family.steps[2]),
-        (up, family.steps[3]),
-    ):
+    places = [(family.attention_norm, family.steps[0]), (family.mlp_norm, family.steps[2])]
+    if family.gated:
+        places.append((up, family.steps[3]))
+    for before, step in places:
         names = [f"{block}.{linear}" for linear in step]
         if any(name not in layers for name in names) or (before == up and f"{block}.{up}" not in layers):
             continue
@@ -49,12 +49,14 @@ def fold_(
         for weight in weights:
             weight.mul_(scale)
         source = model.get_submodule(f"{block}.{before}")
-        if before == up:
-            source.weight.div_(scale[:, None])
-            if source.bias is not None:
-                source.bias.div_(scale)
-                changed[f"{block}.{before}.bias"] = source.bias.detach().clone()
+        biases = [] if getattr(source, "bias", None) is None else [source.bias]
+        if before == up:  # gate and up may be one layer: the last rows are those of up
+            source.weight[-len(scale) :].div_(scale[:, None])
+            biases = [bias[-len(scale) :] for bias in biases]
         else:
-            source.weight.div_(scale)
+            source.weight.copy_((source.weight + family.gain_offset) / scale - family.gain_offset)
             changed[f"{block}.{before}.weight"] = source.weight.detach().clone()
+        for bias in biases:
+            bias.div_(scale)
+            changed[f"{block}.{before}.bias"] = source.bias.detach().clone()
     return changed

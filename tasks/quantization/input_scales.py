@@ -116,11 +116,12 @@ def add_scales(
                 found[layer] = Calibrated(covered(inputs), relative_error(histogram, inputs))
                 tensors.update(input_tensors(layer, inputs))
     if kv_cache:
-        attention = family.attention[0].rpartition(".")[0]
         for index, peaks in enumerate(cache_peaks(model, batches, report)):
             for name, peak in zip("kv", peaks, strict=True):
                 scale = peak / largest_of(kv_cache) if peak else 1.0
-                tensors[f"{family.block(index)}.{attention}.{name}_scale"] = np.array([scale], dtype=np.float32)
+                tensors[f"{family.block(index)}.{family.attention_module}.{name}_scale"] = np.array(
+                    [scale], dtype=np.float32
+                )
     return found, append_tensors(checkpoint, tensors) if tensors else 0
 
 

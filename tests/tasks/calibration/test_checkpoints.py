@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tasks.calibration import checkpoints
+from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import (
     check_checkpoint,
     estimate,
@@ -538,3 +540,51 @@ def test_the_fingerprint_follows_the_files(checkpoint: Path) -> None:
     assert parse_source(str(checkpoint)).fingerprint() == before
     _edit(checkpoint / "config.json", note="changed")
     assert parse_source(str(checkpoint)).fingerprint() != before
+
+
+ROPES = {
+    "phi3": {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
+    "gpt_neox": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    "gemma3_text": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+OLD_WORDS = {
+    "phi3": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_emb_base": 500.0, "rotary_pct": 0.5},
+    "gemma3_text": {"rope_theta": 500.0, "rope_local_base_freq": 50.0},
+}
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_rotary_positions_survive_and_are_said_in_the_words_of_transformers_4_too(
+    family_checkpoint: Callable[..., Path], out: Path, family: str
+) -> None:
+    model = load_model(family_checkpoint(family))
+    if family == "phi3":
+        model.config.original_max_position_embeddings = 64
+    model.config.rope_parameters = json.loads(json.dumps(ROPES[family]))
+    save_model(model, family_checkpoint(family), out)
+
+    assert OLD_WORDS[family].items() <= json.loads((out / "config.json").read_text()).items()
+    assert AutoConfig.from_pretrained(out).rope_parameters == ROPES[family]
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_family_is_imported_as_it_is(family_checkpoint: Callable[..., Path], out: Path, family: str) -> None:
+    source = family_checkpoint(family)
+    summary = import_checkpoint(source=str(source), out=out)
+    check_checkpoint(out)
+    ours, theirs = load_model(out), load_model(source)
+    assert summary.num_parameters == theirs.num_parameters()
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)

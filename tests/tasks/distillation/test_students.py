@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tasks.calibration.architectures import ARCHITECTURES, architecture
 from tasks.calibration.checkpoints import load_model, save_model
 from tasks.distillation.students import block_influence, evenly_spaced, keep_layers, most_influential
 
@@ -85,6 +86,22 @@ def test_the_student_is_the_teacher_without_the_other_layers(tiny_checkpoint, tm
     expected = teacher(tokens, use_cache=False).logits[:, 5:]
     torch.testing.assert_close(cached, expected)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_students_of_every_family_load_and_compute_without_the_layer(family_checkpoint, tmp_path, family):
+    teacher, row = load_model(family_checkpoint(family)), architecture(family)
+    influence = block_influence(teacher, torch.randint(0, 512, (2, 16)))
+    assert len(influence) == 3
+    assert min(influence) > 1e-4
+    save_model(keep_layers(teacher, (0, 2)), family_checkpoint(family), tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 512, (1, 12))
+    with torch.no_grad():
+        prompt = student(tokens[:, :7], use_cache=True)
+        cached = student(tokens[:, 7:], past_key_values=prompt.past_key_values).logits
+        teacher.get_submodule(row.block(1)).forward = lambda hidden, *_args, **_kwargs: hidden
+        torch.testing.assert_close(cached, teacher(tokens, use_cache=False).logits[:, 7:])
 
 
 def test_kinds_of_layers_go_with_their_layers(tmp_path):

@@ -23,14 +23,15 @@ WINDOWS = np.random.default_rng(0).integers(0, 512, (2, 24))
 
 
 def wrong_at(block: int):  # type: ignore[no-untyped-def]
-    """A reader of checkpoints that scales the output of one block's feed-forward, if the model has that block."""
+    """A reader of checkpoints that scales what one block's feed-forward reads, if the model has that block."""
 
     def read(checkpoint: Path) -> Decoder:
         decoder = read_decoder(checkpoint)
-        layers = [
-            dataclasses.replace(layer, post_attention_norm=layer.post_attention_norm * 1.05) if i == block else layer
-            for i, layer in enumerate(decoder.layers)
-        ]
+        layers = list(decoder.layers)
+        if block < len(layers):
+            norm = layers[block].feed_forward_norm
+            louder = dataclasses.replace(norm, gain=norm.gain * 1.05)
+            layers[block] = dataclasses.replace(layers[block], feed_forward_norm=louder)
         return dataclasses.replace(decoder, layers=tuple(layers))
 
     return read

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from safetensors.torch import load_file, save_file
 
 from tasks.engines.decoder import floats, read_decoder, shape
 from tasks.quantization import Grid, RoundToNearest
@@ -56,58 +54,37 @@ def test_quantized_checkpoint_keeps_its_integers(tiny_checkpoint: Path, tmp_path
     assert 0 < error.max() <= gate.scale.max() / 2 * 1.01  # scales are rounded to float16
 
 
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
+def test_rope_theta_of_older_configurations_is_read(edited: Any) -> None:
+    decoder = read_decoder(edited(rope_parameters=None, rope_theta=100.0))
+
+    (rotary,) = decoder.rotaries
+    np.testing.assert_allclose(rotary.inverse_frequencies, 100.0 ** -(np.arange(8) / 8), rtol=1e-6)
+
+
+def test_llama3_scaling_is_read(edited: Any) -> None:
+    rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
-    },
-}
-
-
-@pytest.mark.parametrize("kind", ROPES)
-def test_rotary_tables_are_those_of_transformers(kind: str, edited: Any) -> None:
-    decoder = read_decoder(edited(rope_parameters=ROPES[kind]))
-    config = LlamaConfig(
-        hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=512, rope_parameters=ROPES[kind]
-    )
-    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(300)[None])
-
-    for ours, theirs in zip(decoder.rotary_tables(300), expected, strict=True):
-        # angles go up to 300; float32 holds those to 1.5e-5
-        np.testing.assert_allclose(ours, theirs[0, :, :8].numpy(), atol=3e-5)
-
-
-def test_rope_theta_of_older_configurations_is_read(edited: Any) -> None:
-    decoder = read_decoder(edited(rope_parameters=None, rope_theta=100.0))
-
-    np.testing.assert_allclose(decoder.inverse_frequencies, 100.0 ** -(np.arange(8) / 8), rtol=1e-6)
+    }
+    (rotary,) = read_decoder(edited(rope_parameters=rope)).rotaries
+    np.testing.assert_allclose(rotary.inverse_frequencies[-1] / 500000.0 ** -(7 / 8), 1 / 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3; got 'gpt2'"),
-        ({"hidden_act": "gelu"}, "got 'gelu'"),
+        ({"model_type": "mamba"}, r"llama, mistral, qwen2, qwen3, .*gpt_neox; got 'mamba'"),
+        ({"model_type": "gemma3"}, "got 'gemma3'"),
+        ({"hidden_act": "tanh"}, "hidden_act must be one of silu, .*; got 'tanh'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "got 'yarn'"),
         ({"tie_word_embeddings": False}, r"lm_head\.weight; it is missing"),
         ({"num_hidden_layers": 3}, r"no place for: model\.layers\.3"),
         ({"num_key_value_heads": 4}, r"Layer 0's k must be \[64, 64\].*got \[32, 64\]"),
         ({"vocab_size": 500}, r"embedding must be \[500, 64\].*got \[512, 64\]"),
-        (
-            {
-                "model_type": "qwen2",
-                "use_sliding_window": True,
-                "sliding_window": 8,
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
-            "same attention window",
-        ),
     ],
 )
 def test_what_no_graph_could_compute_is_refused(entries: dict[str, Any], message: str, edited: Any) -> None:
@@ -116,4 +93,20 @@ def test_what_no_graph_could_compute_is_refused(entries: dict[str, Any], message
 
 
 def test_sliding_window_of_mistral_is_read(edited: Any) -> None:
-    assert read_decoder(edited(model_type="mistral", sliding_window=32)).sliding_window == 32
+    decoder = read_decoder(edited(model_type="mistral", sliding_window=32))
+    assert [layer.window for layer in decoder.layers] == [32] * 4
+
+
+def test_window_that_llama_does_not_have_is_not_taken(edited: Any) -> None:
+    assert read_decoder(edited(sliding_window=32)).layers[0].window is None
+
+
+def test_bare_model_without_the_module_around_it_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+
+    decoder = read_decoder(tmp_path)
+
+    np.testing.assert_array_equal(decoder.layers[2].up, read_decoder(tiny_checkpoint).layers[2].up)

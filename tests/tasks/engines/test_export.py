@@ -264,7 +264,7 @@ def test_same_decoder_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path
 
 def test_weight_beyond_float16_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     decoder = read_decoder(tiny_checkpoint)
-    decoder = dataclasses.replace(decoder, norm=decoder.norm * 70000)
+    decoder = dataclasses.replace(decoder, norm=dataclasses.replace(decoder.norm, gain=decoder.norm.gain * 70000))
     with pytest.raises(ValueError, match=r"norm.gain must be finite in float16; its largest magnitude is 70000"):
         export_decoder(decoder, tmp_path / "m.onnx", precision="float16", max_length=64)
 

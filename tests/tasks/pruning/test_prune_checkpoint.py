@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tasks.calibration.architectures import ARCHITECTURES
 from tasks.pruning import Magnitude, PruningMethod, Wanda, Width
 from tasks.pruning.apply import prune_checkpoint
 from tasks.pruning.sparsity import SemiStructured, Unstructured
@@ -50,6 +51,21 @@ def test_stock_transformers_loads_what_every_method_writes(prune, tiny_checkpoin
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 10000
     assert summary.untouched == []
     assert summary.size_bytes == (out / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_stock_transformers_loads_every_family(prune, family_checkpoint, family, kind):
+    from transformers import AutoModelForCausalLM
+
+    out, summary = prune(kind(), checkpoint=family_checkpoint(family))
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert sum(int(p.count_nonzero()) for p in model.parameters()) == summary.num_nonzero
+    assert summary.num_nonzero < summary.num_parameters_before
+    assert summary.untouched == []
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)

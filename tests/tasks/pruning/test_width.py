@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from tasks.calibration.architectures import architecture
+from tasks.calibration.architectures import ARCHITECTURES, architecture
 from tasks.calibration.checkpoints import load_model
 from tasks.calibration.progress import silent
 from tasks.pruning import Width
@@ -41,6 +41,24 @@ def test_removing_dead_channels_leaves_the_outputs_alone(tiny_checkpoint):
         Width(intermediate_size=64).prune_(model, LLAMA, BATCHES, layers, silent)
         assert model.config.intermediate_size == 64
         torch.testing.assert_close(model(BATCHES[0]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@torch.no_grad()
+def test_dead_channels_of_every_family_are_those_that_go(family_checkpoint, family):
+    model, row = load_model(family_checkpoint(family)), architecture(family)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.get_submodule(row.blocks):
+        up = block.get_submodule(row.mlp_inputs[-1])
+        dead = torch.randperm(128, generator=generator)[:64] + up.out_features - 128  # behind the gate's, if in one
+        up.weight[dead] = 0
+        if up.bias is not None:
+            up.bias[dead] = 0
+    expected = model(BATCHES[0]).logits
+    Width(intermediate_size=64).prune_(model, row, BATCHES, Width().layers(row, 3), silent)
+    assert getattr(model.config, row.intermediate_size_option) == 64
+    assert model.get_submodule(f"{row.block(0)}.{row.mlp_output}").in_features == 64
+    torch.testing.assert_close(model(BATCHES[0]).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_channels_are_chosen_by_their_activity_in_the_unpruned_model(tiny_checkpoint):

@@ -46,6 +46,15 @@ def test_every_part_is_measured_as_if_the_whole_model_were_run(tiny_checkpoint, 
         assert score.kl == pytest.approx(divergence(tiny_checkpoint, score.layers, score.grid), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "opt", "gpt_neox"])
+def test_parts_of_other_families_are_measured_so_too(family_checkpoint, data, tmp_path, family):
+    checkpoint = family_checkpoint(family)
+    summary, scores = measured(checkpoint, data, tmp_path, embedding_choices=CHOICES[1:])
+    assert summary.num_parts == 3 * 4 + 1
+    for score in [scores[0], *scores[2::9]]:
+        assert score.kl == pytest.approx(divergence(checkpoint, score.layers, score.grid), rel=1e-3, abs=1e-6)
+
+
 def test_fewer_bits_diverge_more(tiny_checkpoint, data, tmp_path):
     summary, scores = measured(tiny_checkpoint, data, tmp_path)
     totals = [sum(score.kl for score in scores if score.grid == grid) for grid in CHOICES]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tasks.calibration.architectures import architecture
+from tasks.calibration.architectures import ARCHITECTURES, architecture
 from tasks.calibration.checkpoints import load_model
 from tasks.calibration.layerwise import observe_inputs
 from tasks.calibration.statistics import InputPeak
@@ -33,6 +33,20 @@ def test_the_model_computes_the_same_and_its_inputs_are_smooth(tiny_checkpoint):
     before, after = (observe_inputs(m, BATCHES, [q], InputPeak)[q].value for m in (original, model))
     assert before.max() / before.median() > 20
     assert after.max() / after.median() < 10
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@torch.no_grad()
+def test_every_family_computes_the_same_with_other_weights(family_checkpoint, family):
+    model, original = load_model(family_checkpoint(family)), load_model(family_checkpoint(family))
+    row = architecture(family)
+    smooth_(model, row, BATCHES, row.all_linears(3), 0.5)
+    torch.testing.assert_close(model(BATCHES[0]).logits, original(BATCHES[0]).logits, rtol=1e-4, atol=1e-4)
+    changed = {row.steps[0][0], row.steps[2][0]} | ({row.mlp_output} if row.gated else set())
+    for linear in row.linears:
+        name = f"{row.block(1)}.{linear}"
+        same = torch.equal(model.get_submodule(name).weight, original.get_submodule(name).weight)
+        assert same != (linear in changed or linear in row.steps[0] + row.steps[2]), linear
 
 
 @torch.no_grad()

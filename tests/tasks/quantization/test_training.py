@@ -89,7 +89,25 @@ def test_a_step_of_nothing_changes_nothing(quantized, run, method, train):
 
 
 @cases
-def test_the_exported_checkpoint_computes_what_was_trained(quantized, run, monkeypatch, method, train):
+def test_the_exported_checkpoint_computes_what_was_trained(quantized, run, monkeypatch, tiny_checkpoint, method, train):
+    check_export(quantized, run, monkeypatch, tiny_checkpoint, METHODS[method], train)
+
+
+@modes
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text", "opt", "gpt_neox"])
+def test_other_families_are_exported_as_they_were_trained(
+    quantized, run, monkeypatch, family_checkpoint, family, train
+):
+    check_export(quantized, run, monkeypatch, family_checkpoint(family), METHODS["w3 g16"], train)
+
+
+def test_capped_logits_are_refused(quantized, run, family_checkpoint):
+    source = family_checkpoint("gemma2")
+    with pytest.raises(ValueError, match=r"LM head times the last hidden state; gemma2 differs by .*cap"):
+        run(quantized(METHODS["w3 g16"], source), teacher=source)
+
+
+def check_export(quantized, run, monkeypatch, source, method, train):
     """Logits of the fake-quantized model at the end of training, and of the checkpoint in stock transformers."""
     students = []
 
@@ -98,8 +116,8 @@ def test_the_exported_checkpoint_computes_what_was_trained(quantized, run, monke
         return make_trainable_(model, *arguments, **options)
 
     monkeypatch.setattr("tasks.quantization.fake.make_trainable_", spy)
-    before = quantized(METHODS[method])
-    summary, after = run(before, QuantizationTraining(train=train, training=BRIEF))
+    before = quantized(method, source)
+    summary, after = run(before, QuantizationTraining(train=train, training=BRIEF), teacher=source)
     (student,) = students
     ids = torch.arange(40)[None]
     with torch.no_grad():
