@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from tasks.engines.exported_checkpoint import ExportedCheckpoint
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 from tasks.engines.exported_graph import Pooling, encoder_answers, encoder_function, encoder_inputs
 from tasks.engines.graph_runner import GraphRunner
 

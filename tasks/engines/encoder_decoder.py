@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from tasks.engines.encoder import checked_mask
-from tasks.engines.exported_checkpoint import ExportedCheckpoint
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 from tasks.engines.graph_runner import GraphRunner
 
 Ids = NDArray[np.int64]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tasks.engines.encoder import EncoderSession
 from tasks.engines.encoder_decoder import EncoderDecoderSession, Greedy, read_greedy
-from tasks.engines.exported_checkpoint import is_exported, read_checkpoint, read_config
+from tasks.quantization.exported_checkpoint import is_exported, read_checkpoint, read_config
 from tasks.engines.exported_graph import (
     ExportedGraph,
     decoder_heads,
