@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 from tasks.engines.exported_graph import Pooling, encoder_answers, encoder_function, encoder_inputs
 from tasks.engines.graph_runner import GraphRunner
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from tasks.engines.encoder import checked_mask
-from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 from tasks.engines.graph_runner import GraphRunner
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -6,15 +6,15 @@ without PyTorch. See docs/decisions/0008-exported-graphs.md.
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from tasks.engines.encoder import EncoderSession
 from tasks.engines.encoder_decoder import EncoderDecoderSession, Greedy, read_greedy
-from tasks.quantization.exported_checkpoint import is_exported, read_checkpoint, read_config
 from tasks.engines.exported_graph import (
     ExportedGraph,
+    Pooling,
     decoder_heads,
     export_encoder,
     export_encoder_decoder,
@@ -23,7 +23,10 @@ from tasks.engines.exported_graph import (
 )
 from tasks.engines.exported_weights import Inputs, save_graph, with_integers
 from tasks.engines.graph_runner import GraphRunner, OnnxRuntimeRunner, OpenVinoRunner
-from tasks.quantization.checkpoint_format import QuantizedWeight
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint, is_exported, read_checkpoint, read_config
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 __all__ = ["ExportedModel", "compile_exported", "is_exported", "load_exported", "read_exported"]
 
@@ -62,27 +65,46 @@ def compile_exported(
     """
     if problem := missing():
         raise ValueError(problem)
-    config = read_config(checkpoint)
     source = read_checkpoint(checkpoint)
+    greedy = None if source.is_encoder else read_greedy(checkpoint, read_config(checkpoint))
+    graphs = export_graphs(source, read_pooling(checkpoint))
+    return write_graphs(graphs, source, engine_name, out, activations=activations, greedy=greedy)
+
+
+def export_graphs(source: ExportedCheckpoint, pooling: Pooling | None = None) -> dict[str, ExportedGraph]:
+    """The float graphs of a checkpoint: `encoder`, and `decoder` where it has one; the slow part of compiling."""
     if source.is_encoder:
-        graphs = {"encoder": export_encoder(source, read_pooling(checkpoint))}
-    else:
-        graphs = dict(zip(("encoder", "decoder"), export_encoder_decoder(source), strict=True))
+        return {"encoder": export_encoder(source, pooling)}
+    encoder, decoder = export_encoder_decoder(source)
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def write_graphs(
+    graphs: dict[str, ExportedGraph],
+    source: ExportedCheckpoint,
+    engine_name: EngineName,
+    out: Path,
+    *,
+    activations: Activations = "int8",
+    greedy: Greedy | None = None,
+) -> ExportedModel:
+    """Writes an engine's files of exported graphs, with the integers of `source`; see `compile_exported`."""
     inputs: Inputs = "float32"
     if engine_name == "onnxruntime" and activations == "int8":
         inputs = "int8" if source.is_encoder else "int16"  # a token that is off changes all that follow
     for name, graph in graphs.items():
-        _write(graph, source.quantized, engine_name, inputs, out / name)
+        _write(with_integers(graph, source.quantized, inputs), engine_name, out / _file_name(name, engine_name))
+    config = source.model.config
     described = ExportedModel(
         engine=engine_name,
-        family=config["model_type"],
+        family=config.model_type,
         architecture=type(source.model).__name__,
         answers=graphs["encoder"].answers if source.is_encoder else (),
-        vocab_size=source.model.config.vocab_size,
-        num_token_types=getattr(source.model.config, "type_vocab_size", 1),
+        vocab_size=config.vocab_size,
+        num_token_types=getattr(config, "type_vocab_size", 1),
         max_length=source.max_length,
         activations=activations,
-        greedy=None if source.is_encoder else read_greedy(checkpoint, config),
+        greedy=greedy,
         cache_shape=None if source.is_encoder else decoder_heads(source.model),
     )
     (out / DESCRIPTION).write_text(described.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -152,18 +174,13 @@ def _file_name(graph: str, engine_name: EngineName) -> str:
     return f"{graph}.onnx" if engine_name == "onnxruntime" else f"openvino_{graph}_model.xml"
 
 
-def _write(
-    graph: ExportedGraph, quantized: dict[str, QuantizedWeight], engine_name: EngineName, inputs: Inputs, place: Path
-) -> None:
-    """The engine's files of one graph; `place` is the directory and the graph's name."""
-    model = with_integers(graph, quantized, inputs)
-    file = place.with_name(_file_name(place.name, engine_name))
+def _write(model: "ModelProto", engine_name: EngineName, file: Path) -> None:
     if engine_name == "onnxruntime":
         save_graph(model, file)
         return
     import openvino
 
-    with TemporaryDirectory(dir=place.parent) as scratch:
+    with TemporaryDirectory(dir=file.parent) as scratch:
         portable = Path(scratch) / "graph.onnx"
         save_graph(model, portable)
         openvino.save_model(openvino.Core().read_model(portable), file, compress_to_fp16=False)

@@ -186,7 +186,7 @@ def export_encoder_decoder(checkpoint: ExportedCheckpoint) -> tuple[ExportedGrap
             encoder_outputs=(caches[0][:, 0, :, :1],),
             attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
-            # One token sees all before it; where no mask says so, the graph would compute one. It has a number for every
+            # One token sees all before it; where no mask says so, the graph would compute one. It has a number for each
             # position, because OpenVINO 2026.4 reads one that is broadcast wrongly from 16 positions on.
             decoder_attention_mask=torch.zeros(1, 1, 1, caches[-1].shape[2] + 1),
             past_key_values=cache,

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 NEEDS_WEIGHT = ("t5",)
-"""Families whose linear layers are stored as int8 arrays also where they have fewer bits: transformers initializes their
-`weight`, and fails where it is packed."""
+"""Families whose linear layers are stored as int8 arrays, also where they have fewer bits: transformers initializes
+their `weight`, and fails where it is packed."""
 
 POOLING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 """What sentence-transformers keeps beside a model, with directories such as 1_Pooling."""
@@ -137,20 +137,14 @@ def _tables(model: "PreTrainedModel") -> dict[str, list[str]]:
     return {names[0]: names[1:]}
 
 
-def _targets(
-    model: "PreTrainedModel", method: RoundToNearest, grid: Grid
-) -> tuple[dict[str, Grid], dict[str, str]]:
+def _targets(model: "PreTrainedModel", method: RoundToNearest, grid: Grid) -> tuple[dict[str, Grid], dict[str, str]]:
     """The grid of every layer that gets one; of the others, why not."""
     import torch
 
     from tasks.calibration.architectures import matching
 
     [(embedding, shared)] = _tables(model).items()
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and name not in shared
-    ]
+    linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name not in shared]
     inner = [name for name in linears if IN_A_BLOCK.search(name)]
     ignored = matching([*inner, embedding], method.ignore)
     targets = {name: grid for name in inner if name not in ignored}
