@@ -50,7 +50,11 @@ def read_greedy(checkpoint: Path, config: dict[str, Any]) -> Greedy:
         ValueError: it does not say with which token it starts or ends, or asks for what is not done here.
     """
     file = checkpoint / "generation_config.json"
-    settings = {**config, **(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})}
+    settings = dict(config)
+    if file.exists():  # then transformers reads nothing else
+        tokens = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: config[name] for name in tokens if name in config}
+        settings |= json.loads(file.read_text(encoding="utf-8"))
     for name, harmless in CHANGES_TOKENS.items():
         if settings.get(name) not in harmless:
             raise ValueError(
