@@ -88,7 +88,12 @@ def write_graphs(
     activations: Activations = "int8",
     greedy: Greedy | None = None,
 ) -> ExportedModel:
-    """Writes an engine's files of exported graphs, with the integers of `source`; see `compile_exported`."""
+    """Writes an engine's files of exported graphs, with the integers of `source`; see `compile_exported`.
+
+    Args:
+        greedy: how an encoder-decoder writes; None for an encoder.
+    """
+    assert source.is_encoder == (greedy is None), source.model.config.model_type
     inputs: Inputs = "float32"
     if engine_name == "onnxruntime" and activations == "int8":
         inputs = "int8" if source.is_encoder else "int16"  # a token that is off changes all that follow
@@ -183,4 +188,7 @@ def _write(model: "ModelProto", engine_name: EngineName, file: Path) -> None:
     with TemporaryDirectory(dir=file.parent) as scratch:
         portable = Path(scratch) / "graph.onnx"
         save_graph(model, portable)
-        openvino.save_model(openvino.Core().read_model(portable), file, compress_to_fp16=False)
+        read = openvino.Core().read_model(portable)
+        for index, operator in enumerate(read.get_ordered_ops()):  # their own names count what a process has made
+            operator.set_friendly_name(f"{operator.get_type_name()}_{index}")
+        openvino.save_model(read, file, compress_to_fp16=False)
