@@ -177,3 +177,48 @@ def _write_gguf(checkpoint: Path, file: Path, *, kinds: Mapping[str, str] | None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture(scope="session")
+def transformer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a plain checkpoint of a class of transformers' encoders or encoder-decoders: random, of 2 layers."""
+    import torch
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    both = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in
+            {"layers": 2, "attention_heads": 2, "ffn_dim": 64}.items()}  # fmt: skip
+    sizes = {
+        "bert": small | {"max_position_embeddings": 40},
+        "roberta": small | {"max_position_embeddings": 42, "type_vocab_size": 1},
+        "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 40},
+        "t5": {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "decoder_start_token_id": 0},
+        "bart": both | {"d_model": 32, "max_position_embeddings": 40},
+        "marian": both
+        | {"d_model": 32, "max_position_embeddings": 40, "pad_token_id": 95, "decoder_start_token_id": 95},
+    }
+    writing = {  # what makes greedy text differ from the likeliest tokens
+        "t5": {"no_repeat_ngram_size": 2},
+        "bart": {"forced_bos_token_id": 7, "forced_eos_token_id": 2, "min_length": 6},
+        "marian": {"bad_words_ids": [[95]], "forced_eos_token_id": 0},
+    }
+
+    @functools.cache
+    def make(class_name: str) -> Path:
+        torch.manual_seed(0)
+        model_class = getattr(transformers, class_name)
+        family = model_class.config_class.model_type
+        model = model_class(transformers.AutoConfig.for_model(family, vocab_size=96, **sizes[family]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:  # biases are zeros and norms are ones, of which nothing can be learnt
+                    parameter.add_(0.3 * torch.rand_like(parameter))
+                elif "shared" not in name:
+                    parameter.mul_(3 if family == "t5" else 6)
+        for name, value in writing.get(family, {}).items():
+            setattr(model.generation_config, name, value)
+        out = tmp_path_factory.mktemp(class_name)
+        model.save_pretrained(out)
+        return out
+
+    return make

@@ -1,5 +1,6 @@
 """Stage: a float checkpoint in, a compressed-tensors checkpoint out, one block or tensor in memory at a time."""
 
+import json
 import logging
 import math
 import shutil
@@ -26,6 +27,8 @@ from tasks.quantization.checkpoint_format import (
     quantization_config,
     table_tensors,
 )
+from tasks.quantization.exported import quantize_exported
+from tasks.quantization.exported_checkpoint import is_exported
 from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
 from tasks.quantization.plan import Plan, plan
@@ -59,7 +62,7 @@ def quantize_checkpoint(
     """Quantize the linear layers of a checkpoint, and its embedding and LM head where `method` says so.
 
     Args:
-        checkpoint: plain checkpoint directory, float, of a family in `architectures.py`.
+        checkpoint: plain checkpoint directory, float, of a family in `architectures.py`, or one that `is_exported`.
         data: prepared data; round to nearest reads none of it, other methods its calibration tokens, as do static
             scales of activations and of the KV cache, and SmoothQuant.
         method: how.
@@ -77,6 +80,8 @@ def quantize_checkpoint(
             divide a layer; a pattern matches no layer, or everything is ignored; calibration is too short;
             `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
+    if is_exported(str(json.loads((checkpoint / "config.json").read_text()).get("model_type"))):
+        return quantize_exported(checkpoint=checkpoint, method=method, out=out, report=report)
     if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
         return _quantize(checkpoint, data, method, {}, out, work_dir, report)
     assert scores is not None  # the flow measures them first
