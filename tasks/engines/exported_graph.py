@@ -246,6 +246,9 @@ def _export(
 
     Args:
         shapes: of each input, which sizes may be any, by what they are called.
+
+    Raises:
+        ValueError: the model has an operator that cannot be exported.
     """
     import torch
 
@@ -260,16 +263,22 @@ def _export(
     sizes = {name: torch.export.Dim(name) for shape in shapes for name in shape.values()}
     dynamic = tuple({axis: sizes[name] for axis, name in shape.items()} for shape in shapes)
     with _products_(model) as (linears, tied), _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            Wrapper().eval(),
-            tuple(inputs.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=list(answers),
-            dynamic_shapes=(dynamic,),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                Wrapper().eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(answers),
+                dynamic_shapes=(dynamic,),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(
+                f"torch's exporter must know every operator of a model; of this {type(model).__name__} it says: "
+                f"{_cause(error)} Use the model in PyTorch."
+            ) from error
         names = _initializer_names(model, linears)
     assert program is not None
     proto = program.model_proto
@@ -277,6 +286,13 @@ def _export(
     weights = {module: next((name for name in found if name in present), None) for module, found in names.items()}
     held = {module: name for module, name in weights.items() if name}
     return ExportedGraph(proto, held, tuple(name for name in linears if name in held), tied, tuple(answers))
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0].split(" Failure message")[0].rstrip(".") + "."
 
 
 def _initializer_names(model: Any, linears: Sequence[str]) -> dict[str, list[str]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tasks.engines import exported_graph
-from tasks.engines.exported_graph import Pooling, missing, read_pooling
+from tasks.engines.exported_graph import Pooling, export_encoder, missing, read_pooling
 from tasks.engines.exported_weights import with_integers
+from tasks.quantization.exported_checkpoint import read_checkpoint
 
 
 def shapes(values: Any) -> dict[str, list[int | str]]:
@@ -90,3 +91,19 @@ def test_other_pooling_is_refused(tmp_path: Path) -> None:
 def test_missing_exporter_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported_graph.importlib.util, "find_spec", lambda _: None)
     assert missing() == "Exporting this model needs onnx and onnxscript. Install: pip install 'slimline[export]'"
+
+
+def test_operator_without_an_export_is_named(transformer_checkpoint: Callable[[str], Path]) -> None:
+    if problem := missing():
+        pytest.skip(problem)
+
+    class Bessel(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(hidden)
+
+    source = read_checkpoint(transformer_checkpoint("DistilBertModel"))
+    block: Any = source.model.get_submodule("transformer.layer.0.ffn")
+    block.activation = Bessel()
+    with pytest.raises(ValueError, match=r"of this DistilBertModel it says: No ONNX function found for .*bessel_j0"):
+        export_encoder(source, None)
+    assert type(block.lin1) is torch.nn.Linear, "the model is as it was"
