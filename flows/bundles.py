@@ -84,6 +84,28 @@ def compile_checkpoint(source: str, engine: "Engine", out: Path) -> "EngineSumma
     return summary
 
 
+def said(summary: "EngineSummary") -> str:
+    """How close a bundle is to PyTorch, in words."""
+    from tasks.engines.parity import Parity
+
+    parity = summary.parity
+    if parity is None:
+        return f"built, not run here: {summary.why_not_run}"
+    if not isinstance(parity, Parity):
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in parity.model_dump().items())
+        return f"as PyTorch answers: {figures}"
+    greedy = parity.greedy
+    text = (
+        f"as PyTorch answers on {parity.num_positions} positions: largest difference of a logit "
+        f"{max(parity.max_abs_error, parity.decode_max_abs_error):.2g}, KL {parity.kl_nats:.2g} nats, "
+        f"same likeliest token {parity.top1_agreement:.1%}\n"
+        f"greedy text: {greedy.num_same} of {greedy.num_sequences} the same for {greedy.num_new_tokens} tokens"
+    )
+    if parted := greedy.first_divergence:
+        text += f"; the first parts at token {parted.position + 1}, {parted.logit_gap:.2g} logits apart"
+    return text
+
+
 def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 

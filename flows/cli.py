@@ -117,30 +117,15 @@ def compile(
     """Compile a checkpoint for an engine, and compare its answers with PyTorch's."""
     with _told():
         prepare_environment()
-        from flows.bundles import compile_checkpoint, engine_options
+        from flows.bundles import compile_checkpoint, engine_options, said
         from tasks.engines import describe
 
         chosen = engine_options(engine, options or [])
         summary = compile_checkpoint(checkpoint, chosen, out)
         typer.echo(f"{out}: {describe(chosen)}, {summary.size_bytes / 2**20:.1f} MiB")
-        if summary.parity:
-            p = summary.parity
-            typer.echo(
-                f"as PyTorch answers on {p.num_positions} positions: largest difference of a logit "
-                f"{max(p.max_abs_error, p.decode_max_abs_error):.2g}, KL {p.kl_nats:.2g} nats, "
-                f"same likeliest token {p.top1_agreement:.1%}"
-            )
-            said = f"greedy text: {p.greedy.num_same} of {p.greedy.num_sequences} the same for "
-            said += f"{p.greedy.num_new_tokens} tokens"
-            if parted := p.greedy.first_divergence:
-                said += f"; the first parts at token {parted.position + 1}, {parted.logit_gap:.2g} logits apart"
-            typer.echo(said)
-        else:
-            typer.echo(f"built, not run here: {summary.why_not_run}")
+        typer.echo(said(summary))
         for note in summary.notes:
             typer.echo(f"note: {note}")
-        if summary.parity:
-            typer.echo(f'try it: slimline generate {out} "Once upon a time"')
 
 
 BundleArgument = Annotated[str, typer.Argument(help="An engine bundle: a directory, or models:/NAME@ALIAS.")]

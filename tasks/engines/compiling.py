@@ -25,12 +25,20 @@ from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
 from tasks.engines import Engine, PyTorch
 from tasks.engines.blame import first_difference
+from tasks.engines.exported_bundle import (
+    EncoderDecoderRuntime,
+    ExportedParity,
+    compare_bundle,
+    compile_for,
+    load_for,
+)
 from tasks.engines.genai_files import end_tokens
 from tasks.engines.naming import describe
 from tasks.engines.parity import Parity, ask, compare, tolerance
 from tasks.engines.runtimes import Lookup, runtime_of
-from tasks.engines.text import TextGenerator
+from tasks.engines.text import Runtime, TextGenerator
 from tasks.engines.tuning import Tuned, tune
+from tasks.quantization.exported_checkpoint import is_exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +50,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PARITY_WINDOWS = 4
 PARITY_LENGTH = 128
+EXPORTED_LENGTH = 64
 LIBRARIES = {
     "onnxruntime": ("onnx", "onnxruntime", "onnxruntime-genai"),
     "openvino": ("openvino", "openvino-genai", "openvino-tokenizers"),
@@ -77,7 +86,7 @@ class EngineSummary(BaseModel, frozen=True, extra="forbid"):
     size_bytes: int
     engine_size_bytes: int = Field(description="Without the tokenizer.")
     facts: dict[str, str]
-    parity: Parity | None = Field(description="None: not run here.")
+    parity: Parity | ExportedParity | None = Field(description="None: not run here.")
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +108,12 @@ def compile_engine(
     """
     if problem := engine.missing():
         raise ValueError(problem)
-    notes = engine.compile(checkpoint, out)
+    exported = _is_exported(checkpoint)
+    notes: tuple[str, ...] = ()
+    if exported:
+        compile_for(checkpoint, engine, out)
+    else:
+        notes = engine.compile(checkpoint, out)
     engine_size_bytes = _size(out)
     copy_tokenizer(checkpoint, out)
     for name in ("config.json", "generation_config.json"):
@@ -107,22 +121,15 @@ def compile_engine(
             shutil.copyfile(checkpoint / name, out / name)
     report(1, 3, {})
     facts: dict[str, str] = {}
-    parity = None
+    parity: Parity | ExportedParity | None = None
     why_not_run = engine.cannot_load(out)
     if why_not_run is None:
-        session = engine.load(out, threads=threads)
         report(2, 3, {})
-        try:
-            windows = _windows(checkpoint, data, session.max_length)
-            said, facts = ask(session, windows), dict(session.facts)
-        finally:
-            session.close()
-        reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
-        try:
-            parity = compare(said, reference, windows)
-        finally:
-            reference.close()
-        _refuse_difference(checkpoint, engine, windows, parity, threads)
+        if exported:
+            ids = _windows(checkpoint, data, EXPORTED_LENGTH)
+            facts, parity = compare_bundle(out, checkpoint, engine, ids, threads=threads)
+        else:
+            facts, parity = _compare(out, checkpoint, data, engine, threads)
     manifest = Manifest(
         engine=engine,
         status="run" if parity else "built, not run here",
@@ -146,6 +153,31 @@ def compile_engine(
     )
 
 
+def _compare(
+    bundle: Path, checkpoint: Path, data: Path | None, engine: Engine, threads: int
+) -> tuple[dict[str, str], Parity]:
+    """What a decoder's bundle says it computes in, and how far it is from PyTorch; refused beyond the tolerance."""
+    session = engine.load(bundle, threads=threads)
+    try:
+        windows = _windows(checkpoint, data, session.max_length)
+        said, facts = ask(session, windows), dict(session.facts)
+    finally:
+        session.close()
+    reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
+    try:
+        parity = compare(said, reference, windows)
+    finally:
+        reference.close()
+    _refuse_difference(checkpoint, engine, windows, parity, threads)
+    return facts, parity
+
+
+def _is_exported(checkpoint: Path) -> bool:
+    """Whether a checkpoint's, or a bundle's, family is compiled through an exporter's graph."""
+    config = json.loads((checkpoint / "config.json").read_text()) if (checkpoint / "config.json").exists() else {}
+    return is_exported(str(config.get("model_type")))
+
+
 def _write_manifest(bundle: Path, manifest: Manifest) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
     partial = bundle / f"{MANIFEST}.partial"
@@ -160,6 +192,8 @@ def tune_bundle(*, bundle: Path, num_cores: int, report: Report = silent) -> Tun
         ValueError: see `load_bundle` and `tuning.tune`.
     """
     manifest = _runnable(bundle, verify=True)
+    if _is_exported(bundle):
+        raise ValueError(f"Settings are searched for decoders; {bundle} holds an encoder or encoder-decoder.")
     windows = _windows(bundle, None, PARITY_LENGTH)
     tuned = tune(bundle, manifest.engine, windows=windows, num_cores=num_cores, processor=_processor(), report=report)
     _write_manifest(bundle, manifest.model_copy(update={"tuned": tuned}))
@@ -213,6 +247,11 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
     Raises:
         ValueError: a file was changed or lost, or this machine cannot run the engine.
     """
+    if _is_exported(bundle):
+        raise ValueError(
+            f"{bundle} holds an encoder or encoder-decoder, which has no session of a decoder. Load it with "
+            "tasks.engines.exported.load_exported."
+        )
     return _runnable(bundle, verify).tuned_engine.load(bundle, threads=threads), load_tokenizer(bundle)
 
 
@@ -235,7 +274,13 @@ def load_generator(
         _check_draft(bundle, manifest, draft, _runnable(draft, verify))
     if threads is None:
         threads = manifest.tuned.threads if manifest.tuned else num_cores()
-    runtime = runtime_of(manifest.tuned_engine, bundle, threads=threads, lookup=lookup, draft=draft)
+    runtime: Runtime
+    if _is_exported(bundle):
+        if lookup or draft:
+            raise ValueError("Tokens are proposed to decoders; this is an encoder-decoder. Leave lookup and draft out.")
+        runtime = EncoderDecoderRuntime(load_for(bundle, manifest.engine, threads=threads))
+    else:
+        runtime = runtime_of(manifest.tuned_engine, bundle, threads=threads, lookup=lookup, draft=draft)
     tokenizer = load_tokenizer(bundle)
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return TextGenerator(runtime, tokenizer, end_tokens(bundle) or own)
