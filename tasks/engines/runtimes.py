@@ -5,6 +5,7 @@ session, whose prompts are read in about four fifths of the time because its LM 
 and ONNX Runtime GenAI where a draft or a lookup proposes tokens.
 """
 
+import importlib
 import json
 import shutil
 import threading
@@ -56,6 +57,20 @@ def runtime_of(
         f"Tokens are proposed by a lookup or a draft with the engines 'onnxruntime' and 'openvino'; got "
         f"{engine.engine!r}. Leave both out, or compile for one of these."
     )
+
+
+def _library(name: str, extra: str) -> Any:
+    """The module of a generation library.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"Generating needs {name.replace('_', '-')} here: {error}. Install it: pip install 'slimline[{extra}]'"
+        ) from None
 
 
 class SessionRuntime:
@@ -137,8 +152,7 @@ class OpenVinoGenAi:
         draft: Path | None = None,
         num_proposed: int = 5,
     ) -> None:
-        import openvino_genai
-
+        openvino_genai = _library("openvino_genai", "openvino")
         missing = [name for name in OPENVINO_TOKENIZER if not (bundle / name).exists()]
         if missing:
             raise ValueError(
@@ -246,8 +260,7 @@ class OnnxRuntimeGenAi:
         draft: Path | None = None,
         num_proposed: int = 5,
     ) -> None:
-        import onnxruntime_genai
-
+        onnxruntime_genai = _library("onnxruntime_genai", "onnxruntime")
         onnxruntime_genai.disable_telemetry_events()
         self._genai = onnxruntime_genai
         self._options: dict[str, Any] = {"min_adaptive_k": 2, "cooldown": True}

@@ -1,5 +1,6 @@
 """The libraries that generate, on real bundles of a tiny model: greedy tokens are those of transformers."""
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,13 @@ def test_a_bundle_is_a_model_directory_of_openvino_genai(backend, bundles, greed
 
     expected = [greedy(tokenizer.encode(prompt), 12) for prompt in PROMPTS]
     assert texts == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_generation_library_that_is_not_installed_is_named(engine, bundles, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, f"{engine}_genai", None)
+    with pytest.raises(ValueError, match=rf"needs {engine}-genai here.*pip install 'slimline\[{engine}\]'"):
+        load_generator(bundles[engine], threads=1, lookup=Lookup())
 
 
 def test_both_a_lookup_and_a_draft_are_refused(bundles) -> None:
