@@ -35,6 +35,12 @@ def compile_bundle(*, checkpoint: Path, engine: str, out: Path) -> int:
     return size_bytes(out)
 
 
+def nothing(*, engine: str) -> int:
+    """What a child process does that compiles nothing: its memory is that of Python, torch and the engine's library."""
+    __import__(engine)
+    return 0
+
+
 def size_bytes(directory: Path) -> int:
     """Bytes of all files in it."""
     return sum(file.stat().st_size for file in directory.iterdir())
@@ -68,6 +74,12 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", choices=["float32", "int4"], default=["float32", "int4"])
     options = parser.parse_args()
     rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in options.engines:
+            _, finished = run_isolated(
+                f"{Path(__file__).stem}:nothing", {"engine": engine}, result=int, log_path=Path(folder) / "log"
+            )
+            sys.stdout.write(f"A process that only imports {engine}: {finished.peak_memory_mib:.0f} MiB\n")
     sys.stdout.write("layers  engine       weights  checkpoint MiB  bundle MiB  peak MiB  peak/checkpoint  seconds\n")
     for num_layers in options.layers:
         with tempfile.TemporaryDirectory() as folder:
@@ -86,8 +98,9 @@ def main() -> None:
                     row = measure(checkpoints[weights], engine, scratch)
                     rows.append({"num_layers": num_layers, "engine": engine, "weights": weights, **row})
                     sys.stdout.write(
-                        f"{num_layers:6}  {engine:11}  {weights:7}  {row['checkpoint_mib']:14}  {row['bundle_mib']:10}  "
-                        f"{row['peak_memory_mib']:8}  {row['peak_by_checkpoint']:15}  {row['elapsed_s']:7}\n"
+                        f"{num_layers:6}  {engine:11}  {weights:7}  {row['checkpoint_mib']:14}  "
+                        f"{row['bundle_mib']:10}  {row['peak_memory_mib']:8}  {row['peak_by_checkpoint']:15}  "
+                        f"{row['elapsed_s']:7}\n"
                     )
                     sys.stdout.flush()
     versions = {package: importlib.metadata.version(package) for package in ("onnx", "onnxruntime", "openvino")}

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python, built from source for this processor; run by run.py in its own environment.
 
 There is no wheel: pip compiles it, for which a compiler is needed and many minutes. xllamacpp's wheels hold llama.cpp
-too, but without AVX-512, VNNI and AMX, and would lose by that alone. Models are made by llama.cpp's own quantizer out
+too, but without AVX-512 and VNNI, and would lose by that alone. Models are made by llama.cpp's own quantizer out
 of the GGUF file that the float checkpoint was de-quantized from, so out of the same floats.
 """
 

@@ -79,12 +79,15 @@ def python_of(tool: str, peers: Path) -> Path:
     python, installed = environment / "bin" / "python", environment / ".installed"
     if not installed.exists() or installed.read_text() != requirements.read_text():
         logger.info("installing %s", requirements.name)
+        notes = [line[2:] for line in requirements.read_text().splitlines() if line.startswith("# ")]
+        build = dict(note.removeprefix("build with ").split("=", 1) for note in notes if note.startswith("build with "))
+        pip = [python, "-m", "pip"]
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
-        for line in requirements.read_text().splitlines():
-            if line.startswith("# without: "):
-                package = line.removeprefix("# without: ").partition(",")[0]
-                subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", package], check=True)
+        subprocess.run([*pip, "install", "--quiet", "-r", requirements], check=True, env=os.environ | build)
+        for note in notes:
+            if note.startswith("without "):
+                unwanted = note.removeprefix("without ").partition(",")[0]
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", unwanted], check=True)
         installed.write_text(requirements.read_text())
     return python
 
