@@ -11,7 +11,13 @@ from contender import Floats, Generated, Ids, Making, Options, log_probs_of, mai
 
 HEAD8 = ["algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8"]
 CONTENDERS: dict[str, Options] = {
-    f"onnxruntime-genai-{name}": {"tool": "ONNX Runtime GenAI", "kind": kind, "precision": precision, "extra": extra}
+    f"onnxruntime-genai-{name}": {
+        "tool": "ONNX Runtime GenAI",
+        "kind": kind,
+        "precision": precision,
+        "extra": extra,
+        "float_embedding": precision == "int8",  # beside the LM head, though they are one weight
+    }
     for name, kind, precision, extra in (
         ("float32", "float32", "fp32", []),
         ("int8", "int8", "int8", []),
@@ -19,7 +25,6 @@ CONTENDERS: dict[str, Options] = {
         ("int4", "int4", "int4", []),
         ("int4-kquant-head8", "int4", "int4", HEAD8),
         ("int4-g64-head8", "int4", "int4", ["block_size=64", "matmul_mixed_precision=last_matmul:int8"]),
-        ("int4-kquant-head8-shared", "int4", "int4", [*HEAD8, "shared_embeddings=true"]),
     )
 }
 NO_END = 3

@@ -382,6 +382,14 @@ def _lines(lines: Iterable[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def home_without_telemetry(out: Path) -> Path:
+    """A home directory that declines OpenVINO's telemetry, for which it would fork a process that is timed with it."""
+    home = out.resolve() / "home"
+    (home / "intel").mkdir(parents=True, exist_ok=True)
+    (home / "intel" / "openvino_telemetry").write_text("0")
+    return home
+
+
 def keep_settings(arguments: argparse.Namespace) -> None:
     """Refuses to add to measurements of another kind.
 
@@ -426,6 +434,7 @@ def main() -> None:
     checkpoint, gguf, data = prepare(arguments)
     environ = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environ |= {f"{library}_NUM_THREADS": str(arguments.threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    environ["HOME"] = str(home_without_telemetry(arguments.out))
     failed: list[str] = []
     given: list[str | Path] = ["--checkpoint", checkpoint, "--data", data, "--threads", str(arguments.threads)]
     if gguf:

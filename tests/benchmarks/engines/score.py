@@ -58,16 +58,23 @@ def report(
         if record.get("contender") in by_name:
             by_name[record["contender"]].append(record)
     limits = limits_of([record for record in records if record["record"] == "probe"])
-    num_operations = operations(checkpoint, settings["prompt_tokens"])
+    num_weights = count_weights(checkpoint)
     timings = {name: _timings(found, settings) for name, found in by_name.items()}
     rows = [
-        _row(contender, by_name[contender.name], timings[contender.name], limits, num_operations)
+        _row(
+            contender,
+            by_name[contender.name],
+            timings[contender.name],
+            limits,
+            num_weights,
+            settings["prompt_tokens"],
+        )
         for contender in contenders
     ]
     for row in rows:
         row["first_tokens_as_float"] = _same_tokens(row, rows)
         row["versus"] = _versus(row, rows, timings)
-    results = {**about, "limits": limits, "prompt_operations": num_operations, "contenders": rows}
+    results = {**about, "limits": limits, "contenders": rows}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "results.md").write_text(markdown(results))
 
@@ -84,23 +91,18 @@ def limits_of(probes: Sequence[Record]) -> Record:
     }
 
 
-def operations(checkpoint: Path, prompt_tokens: int) -> int:
-    """Of a prompt at batch size 1: two for each weight of the blocks' products and each token.
-
-    The LM head is computed of the last position alone. Attention itself is left out; here it is 2 %.
-    """
-    in_blocks = head = 0
+def count_weights(checkpoint: Path) -> tuple[int, int]:
+    """Weights of the blocks' linear layers, and of the LM head."""
+    in_blocks = in_head = 0
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 shape = tensors.get_slice(name).get_shape()
-                if len(shape) != 2:
-                    continue
-                if name.startswith("model.layers."):
+                if len(shape) == 2 and name.startswith("model.layers."):
                     in_blocks += shape[0] * shape[1]
-                else:
-                    head = shape[0] * shape[1]
-    return int(2 * (in_blocks * prompt_tokens + head))
+                elif len(shape) == 2:
+                    in_head = shape[0] * shape[1]
+    return in_blocks, in_head
 
 
 def _timings(records: Sequence[Record], settings: Record) -> dict[int, Timings]:
@@ -115,8 +117,10 @@ def _row(
     records: Sequence[Record],
     timings: Mapping[int, Timings],
     limits: Record,
-    num_operations: int,
+    num_weights: tuple[int, int],
+    prompt_tokens: int,
 ) -> Record:
+    num_in_blocks, num_in_head = num_weights
     checks = [record for record in records if record["record"] == "check"]
     starts = [record for record in records if record["record"] == "start"]
     timed = [record for record in records if record["record"] == "timing"]
@@ -141,26 +145,29 @@ def _row(
         },
     }
     if "size_bytes" in row:
-        row |= floors(row["kind"], row["size_bytes"], limits, num_operations)
+        read_bytes = row["size_bytes"] - (4 * num_in_head if row["options"].get("float_embedding") else 0)
+        row |= floors(row["kind"], read_bytes, limits, 2 * (num_in_blocks * prompt_tokens + num_in_head))
         at_one = row["batch_sizes"][1]
         row["ttft_by_floor"] = at_one["ttft_ms"]["value"] / row["ttft_floor_ms"]
         row["tpot_by_floor"] = at_one["tpot_ms"]["value"] / row["tpot_floor_ms"]
     return row
 
 
-def floors(kind: str, size_bytes: int, limits: Record, num_operations: int) -> dict[str, float]:
+def floors(kind: str, read_bytes: int, limits: Record, num_operations: int) -> dict[str, float]:
     """What no runtime can go below at batch size 1, by the machine's measured limits.
 
-    A token reads every byte of the files once, at the bandwidth of a working set of that size. A prompt takes its
-    operations at the fastest measured rate of a kind of product that the contender may use: float32 its own alone.
+    A token reads `read_bytes`, all weights once, at the bandwidth of a working set of that size. A prompt takes
+    `num_operations` at the fastest measured rate of a kind of product that the contender may use: float32 its own alone.
+    They are two for each weight of the blocks and each token of the prompt, and two for each weight of the LM head, which
+    the last token alone needs; attention itself, here 2 % more, is left out.
     """
     sizes = np.array([float(size) for size in limits["bandwidth_gb_s"]])
     rates = np.array(list(limits["bandwidth_gb_s"].values()))
-    bandwidth = float(np.interp(size_bytes / 1e6, sizes, rates))
+    bandwidth = float(np.interp(read_bytes / 1e6, sizes, rates))
     allowed = {"float32": ["float32"], "bfloat16": ["float32", "bfloat16"]}
     kinds = allowed.get(kind, list(KINDS))
     tera_ops = max(limits[f"{name}_tera_ops"] for name in kinds)
-    return {"tpot_floor_ms": size_bytes / bandwidth / 1e6, "ttft_floor_ms": num_operations / tera_ops / 1e9}
+    return {"tpot_floor_ms": read_bytes / bandwidth / 1e6, "ttft_floor_ms": num_operations / tera_ops / 1e9}
 
 
 def _same_tokens(row: Record, rows: Sequence[Record]) -> int | None:
@@ -220,7 +227,7 @@ def _about(results: Record) -> str:
         rates = ", ".join(f"{size} MB {rate:.0f}" for size, rate in limits["bandwidth_gb_s"].items())
         lines += [
             f"Memory read, GB/s by working set: {rates}",
-            f"Products, 10^12 operations/s: {products}; a prompt takes {results['prompt_operations'] / 1e12:.4f}",
+            f"Products, 10^12 operations/s: {products}",
         ]
     lines.append("Medians with 95 % intervals from resampled blocks. Floors are those of batch size 1.")
     return "\n\n".join(lines) + "\n"

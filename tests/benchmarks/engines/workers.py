@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import select
 import signal
 import subprocess
@@ -50,7 +51,12 @@ class Worker:
         command += ["--bundle", contender.bundle, "--threads", str(threads)]
         with log.open("a") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=contender.environ
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=contender.environ,
+                start_new_session=True,
             )
         try:
             self.ready = self._answer()
@@ -77,8 +83,9 @@ class Worker:
         return Memory(now=int(kib["VmRSS"]) / 1024, peak=int(kib["VmHWM"]) / 1024)
 
     def close(self) -> None:
-        """Ends the process and waits for it; closing again does nothing."""
-        self._process.kill()
+        """Ends the process, with those it forked, and waits for it; closing again does nothing."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
