@@ -157,9 +157,9 @@ def floors(kind: str, read_bytes: int, limits: Record, num_operations: int) -> d
     """What no runtime can go below at batch size 1, by the machine's measured limits.
 
     A token reads `read_bytes`, all weights once, at the bandwidth of a working set of that size. A prompt takes
-    `num_operations` at the fastest measured rate of a kind of product that the contender may use: float32 its own alone.
-    They are two for each weight of the blocks and each token of the prompt, and two for each weight of the LM head, which
-    the last token alone needs; attention itself, here 2 % more, is left out.
+    `num_operations` at the fastest measured rate of a kind of product that the contender may use: float32 its own
+    alone. They are two for each weight of the blocks and each token of the prompt, and two for each weight of the LM
+    head, which the last token alone needs; attention itself, here 2 % more, is left out.
     """
     sizes = np.array([float(size) for size in limits["bandwidth_gb_s"]])
     rates = np.array(list(limits["bandwidth_gb_s"].values()))
