@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check up down bench bench-quantization test-real clean
+.PHONY: help install run test check up down bench bench-quantization bench-engines test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ bench: install ## RECIPE from scratch in .slimline/bench: every figure measured 
 
 bench-quantization: install ## Slimline's quantization beside other tools': hours; goes on where it was ended
 	$(BIN)/python tests/benchmarks/quantization/run.py $(ARGS)
+
+bench-engines: install ## Slimline's engine bundles beside other runtimes: speed, memory, size; two hours; goes on where it was ended
+	$(BIN)/python tests/benchmarks/engines/run.py $(ARGS)
 
 clean: ## removes .venv and caches; results in .slimline/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
