@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -367,3 +369,14 @@ def test_rounding_of_a_checkpoint_that_openvino_lacks_is_refused(
     quantize_checkpoint(checkpoint=tiny_checkpoint, data=data, method=method, out=out)
     with pytest.raises(ValueError, match=message):
         EXACT.compile(out, tmp_path)
+
+
+def test_importing_openvino_reports_to_nobody() -> None:
+    """In a process of its own: who imported the library before does not matter."""
+    code = (
+        "import tasks.engines, openvino, sys\n"
+        "from openvino.tools.ovc import main\n"
+        "assert main.tm.__name__ == 'openvino.tools.ovc.telemetry_stub', main.tm\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[3])
