@@ -176,7 +176,7 @@ def generate(
 ) -> None:
     """Answer prompts with a bundle: one as it comes, several as JSON lines."""
     with _told():
-        _connect() if bundle.startswith("models:/") or (draft or "").startswith("models:/") else prepare_environment()
+        _prepare(bundle, draft)
         import sys
 
         from pydantic import ValidationError
@@ -205,7 +205,7 @@ def serve(
     bundle: BundleArgument,
     host: Annotated[
         str, typer.Option(help="There is no authentication: keep it on this machine, or behind a proxy.")
-    ] = ("127.0.0.1"),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; left out: the bundle's name.")] = None,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that generate at a time; others wait.")] = 8,
@@ -215,7 +215,7 @@ def serve(
 ) -> None:
     """Serve a bundle over OpenAI's HTTP interface: /v1/completions, /v1/chat/completions, /v1/models."""
     with _told():
-        _connect() if bundle.startswith("models:/") or (draft or "").startswith("models:/") else prepare_environment()
+        _prepare(bundle, draft)
         from flows.bundles import load
         from flows.serving import run
 
@@ -304,6 +304,14 @@ def status() -> None:
             typer.echo("not running; start with: make up (slimline up)")
             raise typer.Exit(Exit.FAILED)
         typer.echo(f"Prefect  {found.prefect_url}\nMLflow   {found.mlflow_page}")
+
+
+def _prepare(*models: str | None) -> None:
+    """Ready to load bundles; the servers are asked only where one is a registered version."""
+    if any(model and model.startswith("models:/") for model in models):
+        _connect()
+    else:
+        prepare_environment()
 
 
 def _connect() -> None:

@@ -34,7 +34,17 @@ CONTENDERS: dict[str, Options] = {
         ("int4-sym-g64-sdpa", "int4", "int4-sym-g64", SDPA),
         ("int4-sym-g64-f32-sdpa", "int4", "int4-sym-g64", F32 | SDPA),
     )
+} | {
+    f"slimline-{weights}-in-openvino-genai-{name}": {
+        "tool": "Slimline",
+        "kind": kind,
+        "bundle_of": f"slimline-openvino-{weights}",
+        "properties": properties,
+    }
+    for weights, kind in (("int8", "int8"), ("int4-full-g64", "int4"))
+    for name, properties in (("default", {}), ("f32", F32))
 }
+"""OpenVINO GenAI's own models, and Slimline's bundles in the same pipeline."""
 
 
 def make(making: Making) -> None:
