@@ -7,6 +7,7 @@ and ONNX Runtime GenAI where a draft or a lookup proposes tokens.
 
 import importlib
 import json
+import logging
 import shutil
 import threading
 from collections import Counter
@@ -25,6 +26,9 @@ from tasks.engines.text import OnToken, Runtime, Sampling, Work
 if TYPE_CHECKING:
     from tasks.engines import Engine
     from tasks.engines.openvino import OpenVino
+
+
+logger = logging.getLogger(__name__)
 
 
 class Lookup(BaseModel, frozen=True, extra="forbid"):
@@ -166,6 +170,12 @@ class OpenVinoGenAi:
         self.facts = {name.lower(): str(value) for name, value in properties.items()}
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.enable_prefix_caching = True
+        if (lookup or draft) and engine.activations == "int8":
+            logger.warning(
+                "OpenVINO rounds the inputs of several tokens otherwise than those of one, so answers with proposed "
+                "tokens can part from those without where two tokens are about as likely. With `activations` float32 "
+                "they are the same."
+            )
         if lookup:
             properties["prompt_lookup"] = True
         if draft:

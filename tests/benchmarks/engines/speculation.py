@@ -10,6 +10,7 @@ the whole answer's time, plain over sped up, median over rounds and prompts.
 import argparse
 import inspect
 import statistics
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -49,8 +50,7 @@ def main() -> None:
     if arguments.draft:
         loaded["draft"] = load_generator(arguments.bundle, threads=arguments.threads, draft=arguments.draft)
     sampling = Sampling(max_new_tokens=arguments.new_tokens)
-    print("| text | proposals | time, plain / sped up | tokens per pass | same answers |")
-    print("|---|---|---|---|---|")
+    lines = ["| text | proposals | time, plain / sped up | tokens per pass | same answers |", "|---|---|---|---|---|"]
     for kind, texts in prompts(loaded["plain"]).items():
         seconds: dict[str, list[float]] = {name: [] for name in loaded}
         tokens: dict[str, list[tuple[int, ...]]] = {name: [] for name in loaded}
@@ -69,10 +69,11 @@ def main() -> None:
                 ratios = [plain / fast for plain, fast in zip(seconds["plain"], seconds[name], strict=True)]
                 written = sum(len(each) for each in tokens[name])
                 same = sum(a == b for a, b in zip(tokens["plain"], tokens[name], strict=True))
-                print(
+                lines.append(
                     f"| {kind} | {name} | {statistics.median(ratios):.2f} | {written / passes[name]:.2f} | "
                     f"{same} of {len(ratios)} |"
                 )
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
