@@ -30,8 +30,8 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         "int8",
         description="What a quantized weight is multiplied with. int8: integers made from the inputs as they come, for "
         "weights in groups one of 8 bits per input with a scale per block, for 8-bit weights per channel two (16 bits; "
-        "of encoders one) with a scale per position. float32: the inputs as they are, exact and slow. Float weights are "
-        "not affected, nor are layers whose inputs the checkpoint itself rounds (W8A8): these are computed as it says.",
+        "of encoders one) with a scale per position. float32: the inputs as they are, exact and slow. Float weights "
+        "are not affected, nor are layers whose inputs the checkpoint itself rounds (W8A8), computed as it says.",
     )
     graph_optimization: Literal["all", "extended", "basic"] = Field(
         "all", description="How far ONNX Runtime rewrites the graph when it is loaded: its own levels."
