@@ -230,14 +230,7 @@ def download(uri: str, out: Path) -> Path:
     Raises:
         ValueError: there is no such version, or it holds no checkpoint.
     """
-    import mlflow.artifacts
-
-    found = find_version(uri)
-    client()  # points the function below at our server
-    out.mkdir(parents=True, exist_ok=True)
-    root = Path(
-        mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{found.name}/{found.version}", dst_path=str(out))
-    )
+    root = _fetch(find_version(uri), out)
     checkpoints = [path.parent for path in sorted(root.rglob("config.json")) if any(path.parent.glob("*.safetensors"))]
     if len(checkpoints) != 1:
         names = ", ".join(str(path.relative_to(root)) for path in checkpoints) or "none"
@@ -257,19 +250,23 @@ def download_bundle(uri: str) -> Path:
     Raises:
         ValueError: there is no such version, or it holds no bundle.
     """
-    import mlflow.artifacts
-
     found = find_version(uri)
     folder = settings().home / "bundles" / f"{found.name}-{found.version}-{found.tags.get('sha256', '')[:12]}"
     if not folder.exists():
-        client()  # points the function below at our server
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as partial:
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"models:/{found.name}/{found.version}", dst_path=str(Path(partial) / "model")
-            )
-            (Path(partial) / "model").rename(folder)
+            _fetch(found, Path(partial) / "model").rename(folder)
     manifests = list(folder.rglob("manifest.json"))
     if len(manifests) != 1:
         raise ValueError(f"{uri} must hold one engine bundle; it holds {len(manifests)}. Name a version of a flow's.")
     return manifests[0].parent
+
+
+def _fetch(version: "ModelVersion", out: Path) -> Path:
+    """All files of a version, in the directory `out`, which is made."""
+    import mlflow.artifacts
+
+    client()  # points the function below at our server
+    out.mkdir(parents=True, exist_ok=True)
+    uri = f"models:/{version.name}/{version.version}"
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(out)))

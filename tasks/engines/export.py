@@ -19,7 +19,7 @@ Sequences of different lengths are padded on the left.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from tasks.engines.decoder import Decoder, Floats, Layer, Norm, Weight
 from tasks.engines.families import Activation
 from tasks.quantization.activations import Inputs
 from tasks.quantization.checkpoint_format import QuantizedWeight
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Precision = Literal["float32", "float16"]
 OPSET = 21  # the first with 4-bit integers and blocked DequantizeLinear
@@ -45,7 +48,6 @@ def export_decoder(decoder: Decoder, file: Path, *, precision: Precision, max_le
     Raises:
         ValueError: a value does not fit float16.
     """
-    import onnx
     from onnx import TensorProto, helper
 
     graph = _Graph(precision)
@@ -71,6 +73,13 @@ def export_decoder(decoder: Decoder, file: Path, *, precision: Precision, max_le
         ir_version=10,
         producer_name="slimline",
     )
+    save_graph(model, file)
+
+
+def save_graph(model: "ModelProto", file: Path) -> None:
+    """Writes `file` and, beside it, `file`.data with the weights."""
+    import onnx
+
     data = file.with_name(file.name + ".data")
     data.unlink(missing_ok=True)  # onnx appends to what is there
     onnx.save(model, file, save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tasks.engines.encoder import EncoderSession
 from tasks.engines.encoder_decoder import EncoderDecoderSession, Greedy, read_greedy
+from tasks.engines.export import save_graph
 from tasks.engines.exported_graph import (
     ExportedGraph,
     Pooling,
@@ -21,8 +22,9 @@ from tasks.engines.exported_graph import (
     missing,
     read_pooling,
 )
-from tasks.engines.exported_weights import Inputs, save_graph, with_integers
+from tasks.engines.exported_weights import Inputs, with_integers
 from tasks.engines.graph_runner import GraphRunner, OnnxRuntimeRunner, OpenVinoRunner
+from tasks.engines.openvino_graph import name_by_place
 from tasks.quantization.exported_checkpoint import ExportedCheckpoint, is_exported, read_checkpoint, read_config
 
 if TYPE_CHECKING:
@@ -189,6 +191,5 @@ def _write(model: "ModelProto", engine_name: EngineName, file: Path) -> None:
         portable = Path(scratch) / "graph.onnx"
         save_graph(model, portable)
         read = openvino.Core().read_model(portable)
-        for index, operator in enumerate(read.get_ordered_ops()):  # their own names count what a process has made
-            operator.set_friendly_name(f"{operator.get_type_name()}_{index}")
+        name_by_place(read)
         openvino.save_model(read, file, compress_to_fp16=False)

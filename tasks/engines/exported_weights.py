@@ -6,7 +6,6 @@ the product of integers, which reads a batch up to twice as fast (docs/decisions
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -62,15 +61,6 @@ def with_integers(exported: ExportedGraph, quantized: dict[str, QuantizedWeight]
     if any(node.domain == MICROSOFT for node in writer.nodes):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return model
-
-
-def save_graph(model: "ModelProto", file: Path) -> None:
-    """Writes `file` and, beside it, `file`.data with the weights."""
-    import onnx
-
-    data = file.with_name(file.name + ".data")
-    data.unlink(missing_ok=True)  # onnx appends to what is there
-    onnx.save(model, file, save_as_external_data=True, location=data.name, size_threshold=1024)
 
 
 @dataclass(frozen=True)

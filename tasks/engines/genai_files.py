@@ -81,6 +81,7 @@ def write_openvino_tokenizer(checkpoint: Path, out: Path) -> str | None:
     except ImportError as error:
         return f"no tokenizer for OpenVINO GenAI: {error}. Install it: pip install 'slimline[openvino]'"
     from tasks.calibration.checkpoints import load_tokenizer
+    from tasks.engines.openvino_graph import name_by_place
 
     try:
         tokenizer = load_tokenizer(checkpoint)
@@ -89,15 +90,14 @@ def write_openvino_tokenizer(checkpoint: Path, out: Path) -> str | None:
     except Exception as error:  # noqa: BLE001 - of many kinds: of what the library does not know
         return f"no tokenizer for OpenVINO GenAI: {type(error).__name__}: {error}"
     for model, name in zip(converted, OPENVINO_TOKENIZER, strict=True):
-        _name_by_place(model)
+        name_by_place(model)
+        _name_tensors(model)
         openvino.save_model(model, out / name)
     return None
 
 
-def _name_by_place(model: Any) -> None:
-    """Names nodes and inputs by place; the converter's own names count all that a process ever made."""
-    for index, node in enumerate(model.get_ordered_ops()):
-        node.set_friendly_name(f"{node.get_type_name()}.{index}")
+def _name_tensors(model: Any) -> None:
+    """Names inputs by place and drops the converter's own names of outputs, which count all that a process made."""
     for index, parameter in enumerate(model.inputs):
         parameter.set_names({f"input.{index}"})
     for output in model.outputs:

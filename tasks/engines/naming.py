@@ -20,10 +20,15 @@ def describe(engine: BaseModel) -> str:
     return f"{getattr(engine, 'engine')} {', '.join(chosen).removeprefix('precision ')}"  # noqa: B009
 
 
+def alternatives(engine: BaseModel, option: str) -> tuple[str, ...]:
+    """The words that an option of the engine may be, in their order."""
+    return get_args(type(engine).model_fields[option].annotation)
+
+
 def _choices(engine: BaseModel) -> list[tuple[str, object, object]]:
     """(option, chosen value, first alternative) of every option that is a choice between words."""
     return [
-        (name, getattr(engine, name), get_args(field.annotation)[0])
+        (name, getattr(engine, name), alternatives(engine, name)[0])
         for name, field in type(engine).model_fields.items()
         if name != "engine" and get_origin(field.annotation) is Literal
     ]

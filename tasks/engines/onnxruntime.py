@@ -102,17 +102,10 @@ class OnnxRuntimeSession:
     ) -> None:
         import onnxruntime
 
-        settings = onnxruntime.SessionOptions()
+        settings = session_options(threads)
         settings.graph_optimization_level = getattr(
             onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{graph_optimization.upper()}"
         )
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        settings.add_session_config_entry("session.set_denormal_as_zero", "1")
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
-        if not _has_vnni():  # there, fast products of unsigned and signed bytes overflow; with it this only slows down
-            settings.add_session_config_entry("session.x64quantprecision", "1")
         self._onnxruntime = onnxruntime
         self._session = onnxruntime.InferenceSession(
             str(bundle / GRAPH_FILE), settings, providers=["CPUExecutionProvider"]
@@ -208,6 +201,21 @@ class _Step:
     mask: Ids  # ones, as many as batch * total can be: no sequence is padded
     num_logits: Ids  # [1]
     logits: Logits  # [batch, num_logits, vocab_size]
+
+
+def session_options(threads: int) -> Any:
+    """What every session of ONNX Runtime is made with, `onnxruntime.SessionOptions`."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
+    if not _has_vnni():  # there, fast products of unsigned and signed bytes overflow; with it this only slows down
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+    return settings
 
 
 def _has_vnni() -> bool:

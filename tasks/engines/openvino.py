@@ -106,17 +106,11 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
 
     def properties(self, threads: int) -> dict[str, Any]:
         """The CPU plugin's properties for these options."""
-        return {
-            "INFERENCE_PRECISION_HINT": _ELEMENT_TYPES[self.precision],
-            "INFERENCE_NUM_THREADS": threads,
-            # Two processes that both pin would share a core and leave another idle.
-            "ENABLE_CPU_PINNING": False,
-            **self._runtime_options(),
-        }
+        return cpu_properties(self.precision, self.activations, threads) | self._runtime_options()
 
     def _runtime_options(self) -> dict[str, Any]:
         return {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if self.activations == "int8" else 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _group_size(self.activations),
             "KV_CACHE_PRECISION": _ELEMENT_TYPES[self.kv_cache],
         }
 
@@ -130,7 +124,7 @@ class OpenVinoSession:
     def __init__(self, compiled: Any, *, max_length: int) -> None:
         self._request = compiled.create_infer_request()
         self._facts = {
-            name.lower(): _describe(compiled.get_property(name))
+            name.lower(): describe_property(compiled.get_property(name))
             for name in (
                 "INFERENCE_PRECISION_HINT",
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE",
@@ -209,6 +203,24 @@ def _slice_before_lm_head(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _describe(value: Any) -> str:
+def cpu_properties(
+    precision: Literal["float32", "bfloat16"], activations: Literal["int8", "float32"], threads: int
+) -> dict[str, Any]:
+    """The CPU plugin's properties for any graph."""
+    return {
+        "INFERENCE_PRECISION_HINT": _ELEMENT_TYPES[precision],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _group_size(activations),
+        "INFERENCE_NUM_THREADS": threads,
+        # Two processes that both pin would share a core and leave another idle.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _group_size(activations: Literal["int8", "float32"]) -> int:
+    """Inputs that share a scale when they are rounded; 0: they are not."""
+    return 32 if activations == "int8" else 0
+
+
+def describe_property(value: Any) -> str:
     """A property's value as text, an element type by its short name."""
     return str(value.get_type_name()) if hasattr(value, "get_type_name") else str(value)

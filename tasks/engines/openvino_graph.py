@@ -390,3 +390,9 @@ def name_nodes(model: Any) -> None:
     for index, node in enumerate(model.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():
             node.set_friendly_name(f"{node.get_type_name()}.{index}")
+
+
+def name_by_place(model: Any) -> None:
+    """Names all nodes by their place, those of a converter too, whose names count all that a process ever made."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{node.get_type_name()}.{index}")

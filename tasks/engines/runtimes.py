@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DRAFT_TOKENS = 5  # most that a draft proposes at once
+
 
 class Lookup(BaseModel, frozen=True, extra="forbid"):
     """Prompt-lookup decoding: what followed the last tokens earlier in the text is proposed, and checked in one pass.
@@ -154,7 +156,6 @@ class OpenVinoGenAi:
         threads: int,
         lookup: Lookup | None = None,
         draft: Path | None = None,
-        num_proposed: int = 5,
     ) -> None:
         openvino_genai = _library("openvino_genai", "openvino")
         missing = [name for name in OPENVINO_TOKENIZER if not (bundle / name).exists()]
@@ -164,7 +165,7 @@ class OpenVinoGenAi:
                 "bundle's notes, or compile it again."
             )
         self._genai = openvino_genai
-        self._lookup, self._draft, self._num_proposed = lookup, draft, num_proposed
+        self._lookup, self._draft = lookup, draft
         self.max_length = int(json.loads((bundle / "config.json").read_text())["max_position_embeddings"])
         properties = engine.properties(threads)
         self.facts = {name.lower(): str(value) for name, value in properties.items()}
@@ -246,7 +247,7 @@ class OpenVinoGenAi:
             config.max_ngram_size = self._lookup.max_ngram_size
             config.num_assistant_tokens = self._lookup.max_proposed
         elif self._draft:
-            config.num_assistant_tokens = self._num_proposed
+            config.num_assistant_tokens = DRAFT_TOKENS
         return config
 
     def close(self) -> None:
@@ -268,7 +269,6 @@ class OnnxRuntimeGenAi:
         threads: int,
         lookup: Lookup | None = None,
         draft: Path | None = None,
-        num_proposed: int = 5,
     ) -> None:
         onnxruntime_genai = _library("onnxruntime_genai", "onnxruntime")
         onnxruntime_genai.disable_telemetry_events()
@@ -281,7 +281,7 @@ class OnnxRuntimeGenAi:
                 "ngram_chained_lookup": True,
             }
         elif draft:
-            self._options["max_draft_tokens"] = num_proposed
+            self._options["max_draft_tokens"] = DRAFT_TOKENS
         self.max_length = int(json.loads((bundle / GENAI_CONFIG).read_text())["model"]["context_length"])
         self.facts = {"runtime": f"onnxruntime-genai {onnxruntime_genai.__version__}", "threads": str(threads)}
         self._folder = TemporaryDirectory()

@@ -5,7 +5,6 @@ and the fastest is kept if it gains more than the noise. Values that change the 
 stay within the engine's tolerance of those before.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,16 +15,15 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report, silent
+from tasks.engines.generation import generate_timed
+from tasks.engines.naming import alternatives
 from tasks.engines.parity import ROUNDED, compare
 
 if TYPE_CHECKING:
     from tasks.engines import Engine
     from tasks.engines.generation import Ids, Session
 
-SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "onnxruntime": {"graph_optimization": ("all", "extended", "basic")},
-    "openvino": {"kv_cache": ("uint8", "float16", "float32"), "precision": ("float32", "bfloat16")},
-}
+SETTINGS = {"onnxruntime": ("graph_optimization",), "openvino": ("kv_cache", "precision")}
 """What is tried per engine, besides the number of threads; options of the engine that apply when it is loaded."""
 
 MIN_GAIN = 0.03
@@ -89,7 +87,7 @@ def tune(
     best, threads = engine, num_cores
     trials: list[Trial] = []
     counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < num_cores), num_cores}, reverse=True)
-    steps = [("threads", counts), *SETTINGS[engine.engine].items()]
+    steps = [("threads", counts), *((name, alternatives(engine, name)) for name in SETTINGS[engine.engine])]
     for number, (setting, values) in enumerate(steps):
         first = threads if setting == "threads" else getattr(best, setting)
         ordered: list[Any] = [first, *(value for value in values if value != first)]
@@ -154,13 +152,8 @@ def _time_interleaved(sessions: "list[Session]", prompt_tokens: int, new_tokens:
 
 
 def _time(session: "Session", prompt: "Ids", new_tokens: int) -> _Timing:
-    started_at = time.perf_counter()
-    token = session.prefill(prompt)[:, -1].argmax(-1)
-    first_at = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        token = session.decode(token).argmax(-1)
-    ended_at = time.perf_counter()
-    return _Timing(1000 * (first_at - started_at), 1000 * (ended_at - first_at) / (new_tokens - 1))
+    first_s, *_, last_s = generate_timed(session, prompt, new_tokens)
+    return _Timing(1000 * first_s, 1000 * (last_s - first_s) / (new_tokens - 1))
 
 
 def _refusal(session: "Session", original: "Session", windows: "Ids") -> str | None:

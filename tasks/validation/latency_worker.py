@@ -5,7 +5,6 @@ whatever libraries print). When stdin ends, the parent is gone, and the child go
 """
 
 import contextlib
-import gc
 import json
 import os
 import queue
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tasks.engines.generation import generate_timed
 
 if TYPE_CHECKING:
     from tasks.engines.generation import Session
@@ -147,31 +148,6 @@ def load(path: Path, *, original: bool, threads: int) -> "Session":
     if problem := engine.missing() or engine.cannot_run():
         raise ValueError(problem)
     return engine.load(path, threads=threads)
-
-
-def generate_timed(session: "Session", input_ids: NDArray[np.int64], new_tokens: int) -> list[float]:
-    """Seconds from the request until each of the `new_tokens` likeliest next tokens was chosen, for a whole batch.
-
-    Args:
-        session: any engine's.
-        input_ids: [batch, prompt_tokens] int64.
-        new_tokens: generated for each sequence; the end-of-text token does not stop it, so that all do equal work.
-
-    Returns:
-        [new_tokens], ascending; the first is the time to first token.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        started_at = time.perf_counter()
-        next_ids = session.prefill(input_ids)[:, -1].argmax(axis=-1)
-        chosen_at = [time.perf_counter()]
-        while len(chosen_at) < new_tokens:
-            next_ids = session.decode(next_ids).argmax(axis=-1)
-            chosen_at.append(time.perf_counter())
-    finally:
-        gc.enable()
-    return [at - started_at for at in chosen_at]
 
 
 def _answer(command: dict[str, Any], session: "Session | None") -> "tuple[dict[str, Any], Session]":

@@ -231,3 +231,17 @@ def in_group(process: psutil.Process, group: int) -> bool:
         return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
         return False
+
+
+def test_the_bundle_of_a_version_is_fetched_once_and_answers(version, expected):
+    bundle = registry.download_bundle(f"models:/{MODEL}/{version.version}")
+    generator = load_generator(bundle, threads=1)
+    prompts = [generator.encode(prompt) for prompt in PROMPTS]
+    answers, _ = generator.answer(prompts, Sampling(max_new_tokens=8))
+    assert [answer.text for answer in answers] == expected
+    (bundle / "mark").touch()
+    assert (
+        registry.download_bundle(version.uri) / "mark"
+    ).exists()  # by its alias: the same version, not fetched again
+    with pytest.raises(ValueError, match="There is no models:/nothing@candidate"):
+        registry.download_bundle("models:/nothing@candidate")

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from tasks.engines.generation import generate_timed
 from tasks.validation.latency import (
     CONTROL,
     Control,
@@ -22,7 +23,7 @@ from tasks.validation.latency import (
     measure_speed,
     summarize,
 )
-from tasks.validation.latency_worker import Worker, generate_timed
+from tasks.validation.latency_worker import Worker
 from tasks.validation.statistics import Estimate
 
 OPTIONS = Speed(prompt_tokens=16, new_tokens=5, batch_sizes=(1, 2), num_blocks=4, num_batch_blocks=2)
