@@ -130,7 +130,10 @@ def compile(
 
 BundleArgument = Annotated[str, typer.Argument(help="An engine bundle: a directory, or models:/NAME@ALIAS.")]
 LookupOption = Annotated[
-    bool, typer.Option("--lookup", help="Propose tokens by prompt lookup: same answers, sooner where text repeats.")
+    bool,
+    typer.Option(
+        "--lookup", help="Propose tokens by prompt lookup: sooner where text repeats; OpenVINO may round anew."
+    ),
 ]
 DraftOption = Annotated[
     str | None, typer.Option(help="A smaller bundle of the same engine and tokenizer, which proposes tokens.")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
+from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
@@ -212,13 +213,17 @@ def _windows(checkpoint: Path, data: Path | None, max_length: int) -> "Ids":
 
 def _refuse_difference(checkpoint: Path, engine: Engine, windows: "Ids", parity: Parity, threads: int) -> None:
     allowed = tolerance(engine, checkpoint)
-    if broken := allowed.broken_by(parity):
+    broken = allowed.broken_by(parity)
+    if broken is None:
+        return
+    where = "Where it begins cannot be told for this family"
+    if json.loads((checkpoint / "config.json").read_text())["model_type"] in ARCHITECTURES:
         layer, first = first_difference(checkpoint, engine, windows, allowed, threads=threads)
-        raise ValueError(
-            f"{describe(engine)} must answer as PyTorch does on the same checkpoint; {broken}. The first layer that "
-            f"differs is {layer} ({first}). Do not serve this bundle; compile with other options of the engine, or "
-            "report it with the checkpoint."
-        )
+        where = f"The first layer that differs is {layer} ({first})"
+    raise ValueError(
+        f"{describe(engine)} must answer as PyTorch does on the same checkpoint; {broken}. {where}. Do not serve this "
+        "bundle; compile with other options of the engine, or report it with the checkpoint."
+    )
 
 
 def read_manifest(bundle: Path) -> Manifest:

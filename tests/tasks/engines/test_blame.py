@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.engines import Engine, OnnxRuntime, OpenVino
 from tasks.engines.blame import cut, first_difference
 from tasks.engines.compiling import compile_engine
@@ -54,6 +57,24 @@ def test_compiling_refuses_a_wrong_engine_by_its_first_wrong_block(tiny_checkpoi
     with pytest.raises(ValueError, match=r"must answer as PyTorch does.*first layer that differs is model\.layers\.2"):
         compile_engine(checkpoint=tiny_checkpoint, data=None, engine=ENGINES["onnxruntime"], threads=1, out=tmp_path)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_family_that_cannot_be_cut_is_refused_for_its_answers_all_the_same(
+    tmp_path, tiny_checkpoint, monkeypatch
+) -> None:
+    """GPT-2 has no row that says where its blocks are."""
+    config = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(6)
+    model.save_pretrained(checkpoint)
+    copy_tokenizer(tiny_checkpoint, checkpoint)
+    out.mkdir()
+    monkeypatch.setattr("tasks.engines.onnxruntime.read_decoder", wrong_at(1))
+    with pytest.raises(ValueError, match=r"must answer as PyTorch does.*cannot be told for this family"):
+        compile_engine(checkpoint=checkpoint, data=None, engine=ENGINES["onnxruntime"], threads=1, out=out)
 
 
 @pytest.mark.parametrize("grid", [None, Grid(bits=4, group_size=16)])
