@@ -20,7 +20,9 @@ from infra.settings import settings
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
 from tasks.engines import Engine, label
-from tasks.quantization import grids_of
+from tasks.quantization import FromSource, grids_of
+from tasks.quantization.mixed import Mixed
+from tasks.quantization.token_times import pairs_to_time
 
 FLOAT32_BYTES = 4
 TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
@@ -140,14 +142,20 @@ def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
         student = num_parameters * TRAINING_BYTES_PER_STUDENT_PARAMETER / 2**20
         stages.append(PROCESS_MIB + model_mib + student)
     if recipe.validation.speed:
-        subjects = [model_mib] * 2 + [_served_mib(model_mib, c, e) for c, e in _subjects(recipe)]
-        together = sum(subjects) + PROCESS_MIB / 2 * len(subjects)
-        stages.append(PROCESS_MIB + min(together, recipe.validation.speed.max_memory_mib))  # in groups, beyond it
+        served = [_served_mib(model_mib, c, e) for c, e in _subjects(recipe)]
+        for subjects in (served, *_temporary_mib(recipe, model_mib)):
+            timed = [model_mib] * 2 + subjects  # the original and its control
+            together = sum(timed) + PROCESS_MIB / 2 * len(timed)
+            stages.append(PROCESS_MIB + min(together, recipe.validation.speed.max_memory_mib))  # in groups, beyond it
     return max(stages)
 
 
 def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
-    """Estimated disk that the artifacts take, in MiB, the download included."""
+    """Estimated disk that the artifacts take, in MiB, the download included.
+
+    And what one stage at a time takes besides: the engines that are built to keep a budget of time, and the quantized
+    checkpoint that the last of them is compiled from.
+    """
     model_mib = num_parameters * FLOAT32_BYTES / 2**20
     checkpoints, quantized = set(), set()  # candidates that begin alike share them
     for candidate in recipe.candidates.values():
@@ -162,12 +170,28 @@ def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
             if candidate.quantization_training:
                 quantized.add((*chain, repr(candidate.quantization_training)))
     bundles = sum(_served_mib(model_mib, c, e) for c, e in _subjects(recipe))
-    return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles
+    temporary = max((sum(engines) + model_mib / 4 for engines in _temporary_mib(recipe, model_mib)), default=0.0)
+    return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles + temporary
 
 
 def _subjects(recipe: Recipe) -> list[tuple[Candidate, Engine]]:
     baselines = [(Candidate(), engine) for engine in recipe.baseline_engines()]
     return baselines + [(c, engine) for c in recipe.candidates.values() for engine in recipe.engines_of(c)]
+
+
+def _temporary_mib(recipe: Recipe, model_mib: float) -> list[list[float]]:
+    """Of every candidate with a budget of time, the sizes of the engines that are timed to keep it."""
+    found = []
+    for candidate in recipe.candidates.values():
+        method = candidate.quantization
+        if method is None or isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
+            continue
+        if method.weights.tpot_ms is not None:
+            tables = method.weights.embedding_choices or (method.embeddings,)
+            engines = set(pairs_to_time(method.weights.choices, tables).values())
+            (engine,) = recipe.engines_of(candidate)  # the recipe refuses the budget with more
+            found.append([_served_mib(model_mib, candidate, engine)] * len(engines))
+    return found
 
 
 def _served_mib(model_mib: float, candidate: Candidate, engine: Engine) -> float:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TIMES = "tpot.json"
 
+Pair = tuple[Grid, Grid | None]
+"""A grid for the linear layers of all blocks, and one for the tables; None: float32."""
+
 
 class TimedChoice(BaseModel, frozen=True, extra="forbid"):
     """The time of a token with everything of one kind on one choice, and the other kind on its first."""
@@ -43,6 +46,22 @@ class TokenTimes(BaseModel, frozen=True, extra="forbid"):
     versions: dict[str, str]
     processor: str
     notes: list[str]
+
+
+def pairs_to_time(choices: Sequence[Grid], tables: Sequence[Grid | None]) -> dict[Pair, Pair]:
+    """Every pair of grids whose time is wanted, and the pair that is built and timed for it.
+
+    Blocks are timed on each of `choices` with the tables on their first, tables on each further one of `tables` with
+    the blocks on their first. Pairs that differ in their ranges only are one engine: which weights a grid covers, no
+    engine knows.
+    """
+    pairs = [*((choice, tables[0]) for choice in choices), *((choices[0], table) for table in tables[1:])]
+    return {pair: (_as_fast(pair[0]), pair[1] and _as_fast(pair[1])) for pair in pairs}
+
+
+def _as_fast(grid: Grid) -> Grid:
+    """The grid that covers every weight and is as fast as `grid`."""
+    return grid.model_copy(update={"range": "min-max"})
 
 
 def read_times(directory: Path) -> TokenTimes:

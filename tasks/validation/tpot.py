@@ -16,11 +16,8 @@ from tasks.engines.compiling import compile_engine, read_manifest
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.activations import Format
 from tasks.quantization.apply import quantize_checkpoint
-from tasks.quantization.token_times import TIMES, TimedChoice, TokenTimes
+from tasks.quantization.token_times import TIMES, Pair, TimedChoice, TokenTimes, pairs_to_time
 from tasks.validation.latency import ORIGINAL, Speed, SpeedSummary, Subject, measure_speed
-
-Pair = tuple[Grid, Grid | None]
-"""A grid for the linear layers of all blocks, and one for the tables; None: float32."""
 
 
 def measure_tpot(
@@ -57,8 +54,8 @@ def measure_tpot(
     """
     if problem := engine.missing() or engine.cannot_run():
         raise ValueError(f"`tpot_ms` is measured on the engine: {problem}")
-    pairs = [*((choice, tables[0]) for choice in choices), *((choices[0], table) for table in tables[1:])]
-    kinds = list(dict.fromkeys(map(_as_fast, pairs)))
+    pairs = pairs_to_time(choices, tables)
+    kinds = list(dict.fromkeys(pairs.values()))
     bundles: dict[Pair, Path] = {}
     with TemporaryDirectory(dir=out) as temporary:
         for pair in kinds:
@@ -80,14 +77,11 @@ def measure_tpot(
             out=out,
             report=lambda step, total, figures: report(len(kinds) + step, len(kinds) + total, figures),
         )
-    measured = [_tpot_ms(speed, bundles[_as_fast(pair)].name) for pair in pairs]
-    num = len(choices)
+    measured = {pair: _tpot_ms(speed, bundles[kind].name) for pair, kind in pairs.items()}
     times = TokenTimes(
         engine=label(engine),
-        blocks=tuple(TimedChoice(grid=grid, tpot_ms=ms) for grid, ms in zip(choices, measured[:num], strict=True)),
-        tables=tuple(
-            TimedChoice(grid=grid, tpot_ms=ms) for grid, ms in zip(tables, [measured[0], *measured[num:]], strict=True)
-        ),
+        blocks=tuple(TimedChoice(grid=choice, tpot_ms=measured[choice, tables[0]]) for choice in choices),
+        tables=tuple(TimedChoice(grid=table, tpot_ms=measured[choices[0], table]) for table in tables),
         embedding=architecture(json.loads((checkpoint / "config.json").read_text())["model_type"]).embedding,
         prompt_tokens=speed.prompt_tokens,
         new_tokens=speed.new_tokens,
@@ -99,13 +93,6 @@ def measure_tpot(
     )
     (out / TIMES).write_text(times.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return times
-
-
-def _as_fast(pair: Pair) -> Pair:
-    """Grids that cover every weight and are as fast as these: which weights a grid covers, no engine knows."""
-    weights, embeddings = (grid and grid.model_copy(update={"range": "min-max"}) for grid in pair)
-    assert weights
-    return weights, embeddings
 
 
 def _tpot_ms(speed: SpeedSummary, name: str) -> float:

@@ -96,6 +96,30 @@ def test_a_budget_of_time_measures_the_engine_before_quantization(tiny_checkpoin
     assert titles.index("one measure-tpot") == titles.index("one quantize") - 1
 
 
+def test_engines_that_are_built_to_keep_a_budget_of_time_are_counted():
+    groups, channels = {"bits": 4, "group_size": 32}, {"bits": 8}
+    choices = [groups, {**groups, "range": "mse"}, channels, *({"bits": bits} for bits in (3, 5, 6, 7))]
+    chosen = {"choices": choices, "embedding_choices": [channels, groups]}
+    num_engines = 6 + 1  # a range is no engine of its own; the tables on their second choice are one
+
+    def mixed(*budgets: dict) -> Recipe:
+        methods = [{"method": "rtn", "weights": {**chosen, **budget}} for budget in budgets]
+        content = recipe({}, speed={"max_memory_mib": 10**6}).model_dump(mode="json")
+        candidates = {str(number): {"quantization": method} for number, method in enumerate(methods)}
+        return parse({**content, "candidates": candidates})
+
+    model_mib = 4 * BILLION / 2**20
+    of_bits, of_time = mixed({"bits_per_weight": 6}), mixed({"tpot_ms": 20})
+    for found, sizes in ((of_bits, [1, 1, 1, 1 / 4]), (of_time, [1, 1] + num_engines * [1 / 4])):
+        expected = check.PROCESS_MIB * (1 + len(sizes) / 2) + model_mib * sum(sizes)
+        assert peak_memory_mib(found, BILLION) == pytest.approx(expected)
+    temporary = model_mib * (num_engines / 4 + 1 / 4)  # and the checkpoint that an engine is compiled from
+    assert disk_mib(of_time, BILLION, 0) - disk_mib(of_bits, BILLION, 0) == pytest.approx(temporary)
+    one_after_another = disk_mib(mixed({"tpot_ms": 20}, {"tpot_ms": 30}), BILLION, 0)
+    without = disk_mib(mixed({"bits_per_weight": 6}, {"bits_per_weight": 7}), BILLION, 0)
+    assert one_after_another - without == pytest.approx(temporary)
+
+
 def test_a_stage_that_candidates_share_is_planned_once(tiny_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(check, "earlier_result", lambda task, arguments: None)
     student = {"distillation": {"student": {"layers": 2}, "training": {"max_steps": 1}}}
