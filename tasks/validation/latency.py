@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from tasks.calibration.progress import Report, silent
 from tasks.validation.latency_worker import Worker
+from tasks.validation.machine import Machine, machine
 from tasks.validation.statistics import (
     Estimate,
     Percentiles,
@@ -129,6 +130,7 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     num_blocks: int
     num_groups: int
     elapsed_s: float
+    machine: Machine | None = Field(None, description="What this machine can do at best, measured before the first.")
 
 
 @dataclass
@@ -185,6 +187,7 @@ def measure_speed(
     ends_at = started_at + 60 * options.max_minutes
     _check_names(subjects)
     prompts = Prompts(data, options)
+    limits = machine(threads)
     groups: list[dict[str, Timings]] = []
     waiting = list(subjects)
     while waiting or not groups:
@@ -198,7 +201,7 @@ def measure_speed(
             groups.append({name: _finished(worker, timing) for name, (worker, timing) in running.items()})
             waiting = left
     _write_repetitions(groups, out / "repetitions.parquet")
-    return summarize(groups, subjects, options, threads=threads, elapsed_s=time.monotonic() - started_at)
+    return summarize(groups, subjects, options, limits, threads=threads, elapsed_s=time.monotonic() - started_at)
 
 
 class Prompts:
@@ -334,6 +337,7 @@ def summarize(
     groups: Sequence[dict[str, Timings]],
     subjects: Sequence[Subject],
     options: Speed,
+    limits: Machine | None,
     *,
     threads: int,
     elapsed_s: float,
@@ -345,6 +349,7 @@ def summarize(
             its own figures; a subject is compared with the blocks of its own group.
         subjects: for their baselines.
         options: as measured.
+        limits: of the machine; None: not measured.
         threads: of every engine.
         elapsed_s: of the whole measurement.
     """
@@ -398,6 +403,7 @@ def summarize(
         num_blocks=min(len(timing.batches[1]) for timings in groups for timing in timings.values()),
         num_groups=len(groups),
         elapsed_s=elapsed_s,
+        machine=limits,
     )
 
 

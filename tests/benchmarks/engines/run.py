@@ -15,7 +15,8 @@ is cut into blocks. In each block every contender answers the same new prompts, 
 the machine down for minutes slows all of them down, and ratios are taken block by block. One contender of Slimline's
 takes part twice: the ratio between the two, which must be 1, tells what the machine's noise does to every other figure.
 Each turn begins with a short answer that is not timed, so that a contender finds its weights where they would be if it
-ran alone. The same run measures the machine's limits (probe.py), and the floor of each contender follows from them.
+ran alone. The same run measures the machine's limits (tasks/validation/machine.py), and the floor of each contender
+follows from them.
 
 Peers: OpenVINO GenAI (models of optimum-intel and NNCF), ONNX Runtime GenAI (models of its builder), llama.cpp,
 CTranslate2, transformers. Each has its own environment, `.slimline/peers/engines/<tool>` (up to 2 GB each), because
@@ -304,10 +305,11 @@ class Run:
         return worker
 
     def _probe(self) -> None:
-        command = [sys.executable, HERE / "probe.py", "--threads", str(self._arguments.threads)]
-        environ = os.environ | {"OMP_NUM_THREADS": str(self._arguments.threads)}
+        program = "from tasks.validation.machine import main; main()"
+        command = [sys.executable, "-c", program, "--threads", str(self._arguments.threads)]
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
         found = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
-        self._write(record="probe", **json.loads(found.splitlines()[-1]))
+        self._write(record="machine", **json.loads(found.splitlines()[-1]))
 
     def _noting_failures(self, contender: Contender) -> "_NotingFailures":
         return _NotingFailures(self, contender)

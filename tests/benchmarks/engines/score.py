@@ -1,5 +1,6 @@
 """Figures and tables from what run.py wrote down: medians, intervals from resampled blocks, floors, ratios to peers."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from workers import Contender
 
+from tasks.validation.machine import Kind, Machine
 from tasks.validation.statistics import Estimate, median, ratio_of_medians
 
 Floats = NDArray[np.float64]
 Record = dict[str, Any]
 
 METRICS = ("ttft_ms", "tpot_ms", "tokens_per_s")
-KINDS = ("float32", "bfloat16", "int8")
-"""Of products, as probe.py measures them."""
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8")
+"""Of products."""
 OURS = "Slimline"
 MIN_SHARED_BLOCKS = 3
 """Fewer blocks in common, and two contenders are compared as if they had been measured at different times."""
@@ -57,7 +59,7 @@ def report(
     for record in records:
         if record.get("contender") in by_name:
             by_name[record["contender"]].append(record)
-    limits = limits_of([record for record in records if record["record"] == "probe"])
+    limits = limits_of([record for record in records if record["record"] == "machine"])
     num_weights = count_weights(checkpoint)
     timings = {name: _timings(found, settings) for name, found in by_name.items()}
     rows = [
@@ -74,21 +76,15 @@ def report(
     for row in rows:
         row["first_tokens_as_float"] = _same_tokens(row, rows)
         row["versus"] = _versus(row, rows, timings)
-    results = {**about, "limits": limits, "contenders": rows}
+    results = {**about, "limits": limits and limits.model_dump(), "contenders": rows}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "results.md").write_text(markdown(results))
 
 
-def limits_of(probes: Sequence[Record]) -> Record:
-    """The best that the machine did in any probe of the run; empty without one."""
-    if not probes:
-        return {}
-    sizes = probes[0]["bandwidth_gb_s"]
-    products = [f"{kind}_tera_ops" for kind in KINDS]
-    return {
-        "bandwidth_gb_s": {size: max(probe["bandwidth_gb_s"][size] for probe in probes) for size in sizes},
-        **{name: max(probe[name] for probe in probes) for name in products},
-    }
+def limits_of(records: Sequence[Record]) -> Machine | None:
+    """The best that the machine did in any measurement of the run."""
+    found = [Machine(**{name: record[name] for name in Machine.model_fields}) for record in records]
+    return functools.reduce(Machine.best_with, found) if found else None
 
 
 def count_weights(checkpoint: Path) -> tuple[int, int]:
@@ -116,7 +112,7 @@ def _row(
     contender: Contender,
     records: Sequence[Record],
     timings: Mapping[int, Timings],
-    limits: Record,
+    limits: Machine | None,
     num_weights: tuple[int, int],
     prompt_tokens: int,
 ) -> Record:
@@ -144,7 +140,7 @@ def _row(
             for size, found in timings.items()
         },
     }
-    if "size_bytes" in row:
+    if limits and "size_bytes" in row:
         read_bytes = row["size_bytes"] - (4 * num_in_head if row["options"].get("float_embedding") else 0)
         row |= floors(row["kind"], read_bytes, limits, 2 * (num_in_blocks * prompt_tokens + num_in_head))
         at_one = row["batch_sizes"][1]
@@ -153,7 +149,7 @@ def _row(
     return row
 
 
-def floors(kind: str, read_bytes: int, limits: Record, num_operations: int) -> dict[str, float]:
+def floors(kind: str, read_bytes: int, limits: Machine, num_operations: int) -> dict[str, float]:
     """What no runtime can go below at batch size 1, by the machine's measured limits.
 
     A token reads `read_bytes`, all weights once, at the bandwidth of a working set of that size. A prompt takes
@@ -161,13 +157,12 @@ def floors(kind: str, read_bytes: int, limits: Record, num_operations: int) -> d
     alone. They are two for each weight of the blocks and each token of the prompt, and two for each weight of the LM
     head, which the last token alone needs; attention itself, here 2 % more, is left out.
     """
-    sizes = np.array([float(size) for size in limits["bandwidth_gb_s"]])
-    rates = np.array(list(limits["bandwidth_gb_s"].values()))
-    bandwidth = float(np.interp(read_bytes / 1e6, sizes, rates))
-    allowed = {"float32": ["float32"], "bfloat16": ["float32", "bfloat16"]}
-    kinds = allowed.get(kind, list(KINDS))
-    tera_ops = max(limits[f"{name}_tera_ops"] for name in kinds)
-    return {"tpot_floor_ms": read_bytes / bandwidth / 1e6, "ttft_floor_ms": num_operations / tera_ops / 1e9}
+    allowed: dict[str, tuple[Kind, ...]] = {"float32": ("float32",), "bfloat16": ("float32", "bfloat16")}
+    fastest = max(limits.operations_per_s[name] for name in allowed.get(kind, KINDS))
+    return {
+        "tpot_floor_ms": 1000 * read_bytes / limits.bandwidth(read_bytes),
+        "ttft_floor_ms": 1000 * num_operations / fastest,
+    }
 
 
 def _same_tokens(row: Record, rows: Sequence[Record]) -> int | None:
@@ -223,8 +218,8 @@ def _about(results: Record) -> str:
         f"Settings: {json.dumps(settings)}",
     ]
     if limits:
-        products = ", ".join(f"{kind} {limits[f'{kind}_tera_ops']:.2f}" for kind in KINDS)
-        rates = ", ".join(f"{size} MB {rate:.0f}" for size, rate in limits["bandwidth_gb_s"].items())
+        products = ", ".join(f"{kind} {limits['operations_per_s'][kind] / 1e12:.2f}" for kind in KINDS)
+        rates = ", ".join(f"{size // 10**6} MB {rate / 1e9:.0f}" for size, rate in limits["read_bytes_per_s"].items())
         lines += [
             f"Memory read, GB/s by working set: {rates}",
             f"Products, 10^12 operations/s: {products}",
@@ -244,7 +239,7 @@ def _speed(rows: Sequence[Record], sizes: Sequence[int]) -> str:
         cells = [row["name"], str(row["num_blocks"])]
         cells += [_estimate(row["batch_sizes"][size][metric]) for size in sizes for metric in METRICS]
         checked = "size_bytes" in row
-        cells += [f"{row[name]:.1f}" if checked else "" for name in ("ttft_by_floor", "tpot_by_floor")]
+        cells += [f"{row[name]:.1f}" if name in row else "" for name in ("ttft_by_floor", "tpot_by_floor")]
         cells += [f"{row['peak_rss_batch_1_mib']:.0f}", f"{row['peak_rss_mib']:.0f}"]
         cells += [f"{row['size_bytes'] / 1e6:.0f}" if checked else "", _perplexity(row), f"{row['load_s']:.1f}"]
         lines.append(_line(cells))

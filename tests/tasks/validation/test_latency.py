@@ -24,8 +24,14 @@ from tasks.validation.latency import (
     summarize,
 )
 from tasks.validation.latency_worker import Worker
+from tasks.validation.machine import Machine
 from tasks.validation.statistics import Estimate
 
+LIMITS = Machine(
+    threads=2,
+    read_bytes_per_s={10**7: 2e10, 10**8: 1e10},
+    operations_per_s={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11},
+)
 OPTIONS = Speed(prompt_tokens=16, new_tokens=5, batch_sizes=(1, 2), num_blocks=4, num_batch_blocks=2)
 
 
@@ -80,7 +86,7 @@ def test_a_subject_is_compared_with_the_original_and_its_baseline():
         "int8": timings(0.1, 0.01, seed=3),
     }
     subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
-    summary = summarize([group], subjects, OPTIONS, threads=2, elapsed_s=1)
+    summary = summarize([group], subjects, OPTIONS, LIMITS, threads=2, elapsed_s=1)
     int8 = summary.subjects["int8"]
     assert int8.tpot_ratio_to_original.value == pytest.approx(0.25, rel=0.05)
     assert int8.ttft_ratio_to_original.low < 1 < int8.ttft_ratio_to_original.high
@@ -102,7 +108,7 @@ def test_a_baseline_of_another_group_is_compared_through_the_original_of_each():
         "int8": timings(slow * 0.1, slow * 0.01, seed=2, group=1),
     }
     subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
-    summary = summarize([first, second], subjects, OPTIONS, threads=2, elapsed_s=1)
+    summary = summarize([first, second], subjects, OPTIONS, LIMITS, threads=2, elapsed_s=1)
     ratio = summary.subjects["int8"].throughput[1].ratio_to_baseline
     assert ratio.low < 0.18 / 0.14 < ratio.high
     assert summary.subjects["int8"].throughput[1].ratio_to_original.value == pytest.approx(0.26 / 0.14, rel=0.03)
