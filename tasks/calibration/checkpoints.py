@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -295,10 +295,15 @@ def load_model(path: Path) -> "PreTrainedModel":
     return _from_pretrained(None, plain, path, state_dict=weights)
 
 
-def empty_model(path: Path) -> "PreTrainedModel":
-    """The model of a float checkpoint in evaluation mode, without its weights: parameters on the meta device.
+def empty_model(path: Path, shapes: Mapping[str, list[int]] | None = None) -> "PreTrainedModel":
+    """The model of a checkpoint in evaluation mode, without its weights: parameters on the meta device.
 
     Buffers, which the files do not hold, are computed.
+
+    Args:
+        path: the checkpoint's directory.
+        shapes: of the weights, by the names of the model's parameters, where the files hold them otherwise than as
+            floats of those names.
 
     Raises:
         ValueError: the checkpoint lacks weights or holds them in other shapes, or its files are broken.
@@ -310,8 +315,9 @@ def empty_model(path: Path) -> "PreTrainedModel":
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     model.tie_weights()  # accelerate gives each its own
-    headers = [_read_safetensors_header(file) for file in _safetensors_files(path)]
-    shapes = {as_loaded(name): tensor["shape"] for header in headers for name, tensor in header.items()}
+    if shapes is None:
+        headers = [_read_safetensors_header(file) for file in _safetensors_files(path)]
+        shapes = {as_loaded(name): tensor["shape"] for header in headers for name, tensor in header.items()}
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     _refuse_missing(sorted(expected.keys() - shapes.keys()), model, path)
     for name, shape in expected.items():

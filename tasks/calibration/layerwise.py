@@ -19,7 +19,7 @@ from tasks.calibration.progress import Report, silent
 from tasks.calibration.statistics import InputStatistic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 Statistic = TypeVar("Statistic", bound=InputStatistic)
 Arguments = dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -148,6 +148,38 @@ def compress_blocks(
         report(index + 1, len(blocks), {})
 
 
+@torch.no_grad()
+def run_blocks(
+    model: "PreTrainedModel",
+    family: Architecture,
+    batches: Sequence[Tensor],
+    residence: Residence,
+    cache: "Cache | None" = None,
+) -> None:
+    """Run all blocks as they are; `residence` then keeps what the last one gives.
+
+    Args:
+        model: not changed.
+        family: where it keeps its blocks.
+        batches: token ids [batch, seq] int64, no padding.
+        residence: where weights and hidden states lie.
+        cache: what keys and values go through; one that keeps nothing, because every batch begins anew. None: nothing.
+    """
+    blocks: nn.ModuleList = model.get_submodule(family.blocks)
+    arguments: Arguments = {}
+    with residence.block(family.block(0)):  # one of them says what it returns
+        residence.keep(0, _enter_blocks(model, blocks, batches, residence, arguments, cache))
+    for index, module in enumerate(blocks):
+        with residence.block(family.block(index)):
+            residence.keep(index + 1, _Block(module, index, arguments, residence).outputs())
+
+
+def soft_capped(logits: Tensor, model: "PreTrainedModel") -> Tensor:
+    """Logits as the model gives them; Gemma's are bent."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 @dataclass(frozen=True)
 class _Block:
     """A block, what it reads, and how to run it."""
@@ -264,6 +296,7 @@ def _enter_blocks(
     batches: Sequence[Tensor],
     residence: Residence,
     arguments: Arguments,
+    cache: "Cache | None" = None,
 ) -> Iterator[Tensor]:
     """What the model hands to its first block, batch by batch, without running any block.
 
@@ -274,7 +307,7 @@ def _enter_blocks(
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded = residence.embed(input_ids)
         with _passing_through(blocks, calls), suppress(_Seen):
-            model.base_model(inputs_embeds=embedded, use_cache=False)
+            model.base_model(inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None)
         (hidden, *_), _ = calls[0]
         arguments.setdefault(input_ids.shape, [(args[1:], kwargs) for args, kwargs in calls])
         yield hidden
@@ -351,7 +384,7 @@ class RestOfModel:
         self._ahead = [_Block(block, index, arguments, residence) for index, block in enumerate(blocks)]
         self._norm = model.get_submodule(family.final_norm)
         self._head = model.get_submodule(family.lm_head)
-        self._softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
+        self._model = model
 
     def advance(self) -> None:
         """Go past the next block, as it is now."""
@@ -365,6 +398,4 @@ class RestOfModel:
             for block in self._ahead:
                 hidden = block.run(hidden)
             logits: Tensor = self._head(self._norm(hidden[:, every - 1 :: every]))
-            if self._softcap is not None:
-                logits = torch.tanh(logits / self._softcap) * self._softcap
-            return logits.float().log_softmax(dim=-1)
+            return soft_capped(logits, self._model).float().log_softmax(dim=-1)

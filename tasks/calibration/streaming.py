@@ -7,7 +7,7 @@ then has the very bits of one that was not disturbed, at the price of `tokens * 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,17 +15,27 @@ from torch import Tensor
 
 from tasks.calibration.architectures import Architecture
 from tasks.calibration.memory import trim
-from tasks.calibration.tensor_files import Tensors, move_whole
+from tasks.calibration.tensor_files import move_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Weights(Protocol):
+    """A checkpoint's weights as float32, by the names of a model's parameters: `tensor_files.Tensors`, for one."""
+
+    def copy(self, name: str) -> Tensor:
+        """The weight, in memory of its own."""
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """[*index.shape, columns], rows of a table [rows, columns]."""
 
 
 class Streamed:
     """The residence of an `empty_model`: on disk, but for the block at work and one batch of hidden states."""
 
     def __init__(
-        self, model: "PreTrainedModel", family: Architecture, tensors: Tensors, work_dir: Path, first_block: int = 0
+        self, model: "PreTrainedModel", family: Architecture, tensors: Weights, work_dir: Path, first_block: int = 0
     ) -> None:
         """Start where block `first_block` reads; when it is not the first, an earlier walk has left what it reads."""
         self._model = model

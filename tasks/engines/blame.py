@@ -13,7 +13,7 @@ from tasks.calibration.architectures import architecture
 from tasks.calibration.tensor_files import Tensors
 from tasks.engines.generation import Ids
 from tasks.engines.parity import Tolerance, ask, compare
-from tasks.engines.pytorch import PyTorch
+from tasks.engines.reference import StreamedPyTorch
 
 if TYPE_CHECKING:
     from tasks.engines import Engine
@@ -60,11 +60,7 @@ def _broken(
             said = ask(session, windows)
         finally:
             session.close()
-        reference = PyTorch(precision="float32").load(part, threads=threads)
-        try:
-            return tolerance.broken_by(compare(said, reference, windows))
-        finally:
-            reference.close()
+        return tolerance.broken_by(compare(said, StreamedPyTorch(part, threads=threads), windows))
 
 
 def cut(checkpoint: Path, num_layers: int, out: Path) -> None:

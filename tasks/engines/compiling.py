@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
+from tasks.calibration.memory import trim
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
-from tasks.engines import Engine, PyTorch
+from tasks.engines import Engine
 from tasks.engines.blame import first_difference
 from tasks.engines.exported_bundle import (
     EncoderDecoderRuntime,
@@ -36,6 +37,7 @@ from tasks.engines.exported_bundle import (
 from tasks.engines.genai_files import end_tokens
 from tasks.engines.naming import describe
 from tasks.engines.parity import Parity, ask, compare, tolerance
+from tasks.engines.reference import StreamedPyTorch
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import Runtime, TextGenerator
 from tasks.engines.tuning import Tuned, tune
@@ -164,11 +166,8 @@ def _compare(
         said, facts = ask(session, windows), dict(session.facts)
     finally:
         session.close()
-    reference = PyTorch(precision="float32").load(checkpoint, threads=threads)
-    try:
-        parity = compare(said, reference, windows)
-    finally:
-        reference.close()
+    trim()
+    parity = compare(said, StreamedPyTorch(checkpoint, threads=threads), windows)
     _refuse_difference(checkpoint, engine, windows, parity, threads)
     return facts, parity
 

@@ -5,7 +5,6 @@ positions, windows, soft caps. families.py has a row for each family that can be
 checkpoint's integers; nothing here dequantizes.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,14 +184,7 @@ def floats(weight: Weight) -> Floats:
 
 def rows(weight: Weight, indices: NDArray[np.int64]) -> Weight:
     """Some outputs of a weight, in that order: the same integers, with the scales and zero points of their rows."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight[indices]
-    return dataclasses.replace(
-        weight,
-        integers=weight.integers[indices],
-        scale=weight.scale[indices],
-        zero_point=None if weight.zero_point is None else weight.zero_point[indices],
-    )
+    return weight.rows(indices) if isinstance(weight, QuantizedWeight) else weight[indices]
 
 
 class _Tensors:

@@ -1,9 +1,10 @@
 """An engine against PyTorch: the same checkpoint, the same inputs, how far apart are the answers, and may they be?"""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -12,6 +13,22 @@ from tasks.engines.generation import Ids, Logits, Session
 
 if TYPE_CHECKING:
     from tasks.engines import Engine
+
+
+Texts = Sequence[tuple[Ids, int]]
+"""Token ids, [batch, length] each, and of how many of their last positions the logits are wanted."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What only reads, several texts at once: a model that is never in memory as a whole."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the last dimension of logits."""
+
+    def read(self, texts: Texts) -> Iterator[Logits]:
+        """Of each text [batch, positions, vocab_size] float32."""
 
 
 class Divergence(BaseModel, frozen=True, extra="forbid"):
@@ -120,7 +137,7 @@ def ask(session: Session, windows: Ids, *, num_decoded: int = 4, num_new_tokens:
     )
 
 
-def compare(candidate: Session | Answers, reference: Session, windows: Ids) -> Parity:
+def compare(candidate: Session | Answers, reference: Session | Reader, windows: Ids) -> Parity:
     """How far a candidate, or what it said on `windows`, is from `reference`, which only reads.
 
     Raises:
@@ -132,10 +149,13 @@ def compare(candidate: Session | Answers, reference: Session, windows: Ids) -> P
             f"the reference {reference.vocab_size}."
         )
     said = candidate if isinstance(candidate, Answers) else ask(candidate, windows)
+    prompts = windows[:, : windows.shape[1] // 2].astype(np.int64)
+    texts = [(window[None].astype(np.int64), len(window)) for window in windows]
+    theirs_of = _read(reference, [*texts, _continued(prompts, said.written)])
     largest = total = kl = decoded = decoded_kl = 0.0
     agreed = num_positions = 0
-    for window, ours, steps in zip(windows, said.read, said.decoded, strict=True):
-        theirs = reference.prefill(window[None].astype(np.int64), len(window))[0]
+    for ours, steps in zip(said.read, said.decoded, strict=True):
+        theirs = next(theirs_of)[0]
         difference = np.abs(ours - theirs)
         largest = max(largest, float(difference.max()))
         total += float(difference.mean(dtype=np.float64)) * len(ours)
@@ -145,7 +165,6 @@ def compare(candidate: Session | Answers, reference: Session, windows: Ids) -> P
         expected = theirs[-len(steps) :]
         decoded = max(decoded, float(np.abs(steps - expected).max()))
         decoded_kl += float(_kl_nats(expected, steps).mean()) / len(windows)
-    half = windows.shape[1] // 2
     return Parity(
         max_abs_error=largest,
         mean_abs_error=total / num_positions,
@@ -154,20 +173,37 @@ def compare(candidate: Session | Answers, reference: Session, windows: Ids) -> P
         decode_max_abs_error=decoded,
         decode_kl_nats=decoded_kl,
         num_positions=num_positions,
-        greedy=compare_greedy(windows[:, :half].astype(np.int64), said.written, reference),
+        greedy=_same_text(said.written, next(theirs_of)),
     )
 
 
-def compare_greedy(prompts: Ids, written: Ids, reference: Session) -> Greedy:
+def compare_greedy(prompts: Ids, written: Ids, reference: Session | Reader) -> Greedy:
     """Whether a reference would have written the same tokens, always the likeliest.
+
+    It reads what the other has written: until the first token that it finds less likely than another, it would have
+    written the same.
 
     Args:
         prompts: [num_sequences, length].
         written: [num_sequences, num_new_tokens] greedy tokens of another session.
     """
-    num_new_tokens = written.shape[1]
-    logits = reference.prefill(np.concatenate([prompts, written[:, :-1]], 1), num_new_tokens)
-    expected = logits.argmax(-1)  # until the first that differs, what it would have written itself
+    return _same_text(written, next(_read(reference, [_continued(prompts, written)])))
+
+
+def _read(reference: Session | Reader, texts: Texts) -> Iterator[Logits]:
+    if isinstance(reference, Reader):
+        return reference.read(texts)
+    return (reference.prefill(input_ids, num_logits) for input_ids, num_logits in texts)
+
+
+def _continued(prompts: Ids, written: Ids) -> tuple[Ids, int]:
+    """The text that says which tokens a reference would have written."""
+    return np.concatenate([prompts, written[:, :-1]], 1), written.shape[1]
+
+
+def _same_text(written: Ids, logits: Logits) -> Greedy:
+    """Whether the likeliest tokens are those `written`; both of [num_sequences, num_new_tokens]."""
+    expected = logits.argmax(-1)  # until the first that differs, what the reference would have written itself
     parted = [
         (int((row != own).argmax()), index)
         for index, (row, own) in enumerate(zip(written, expected, strict=True))
@@ -180,9 +216,9 @@ def compare_greedy(prompts: Ids, written: Ids, reference: Session) -> Greedy:
         gap = float(at[expected[index, position]] - at[written[index, position]])
         first = Divergence(sequence=index, position=position, logit_gap=gap)
     return Greedy(
-        num_sequences=len(prompts),
-        num_same=len(prompts) - len(parted),
-        num_new_tokens=num_new_tokens,
+        num_sequences=len(written),
+        num_same=len(written) - len(parted),
+        num_new_tokens=written.shape[1],
         first_divergence=first,
     )
 

@@ -24,7 +24,7 @@ asymmetric integers and zero points are ours less 2 ** (bits - 1).
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class QuantizedWeight:
         if self.has_real_zero_point:
             values += self.offset[:, :, None]  # as GGUF and the engines have it; zero points are rounded quotients
         return values.reshape(out_features, in_features)
+
+    def rows(self, indices: NDArray[np.int64]) -> "QuantizedWeight":
+        """Some outputs, in that order: the same integers, with the scales and zero points of their rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[indices]
+        return replace(self, integers=self.integers[indices], scale=self.scale[indices], zero_point=zero_point)
 
     @property
     def has_real_zero_point(self) -> bool:

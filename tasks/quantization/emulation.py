@@ -27,10 +27,25 @@ class RoundedCache(DynamicCache):  # type: ignore[misc]
         self, key_states: "Tensor", value_states: "Tensor", layer_idx: int, *args: object, **kwargs: object
     ) -> "tuple[Tensor, Tensor]":
         """Keys and values [batch, heads, seq, head_dim] of block `layer_idx`, those before them included."""
+        keys, values = self.rounded(key_states, value_states, layer_idx)
+        return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def rounded(self, key_states: "Tensor", value_states: "Tensor", layer_idx: int) -> "tuple[Tensor, Tensor]":
+        """What the cache of block `layer_idx` makes of keys and values."""
         key_scale, value_scale = self.scales.of_blocks[layer_idx]
         keys = static(key_states.float(), key_scale, 0, self.scales.format).to(key_states.dtype)
         values = static(value_states.float(), value_scale, 0, self.scales.format).to(value_states.dtype)
-        return super().update(keys, values, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        return keys, values
+
+
+class RoundedOnce(RoundedCache):
+    """One that keeps nothing: what is computed with it begins with no token before."""
+
+    def update(
+        self, key_states: "Tensor", value_states: "Tensor", layer_idx: int, *_: object, **__: object
+    ) -> "tuple[Tensor, Tensor]":
+        """Keys and values [batch, heads, seq, head_dim] of block `layer_idx`, rounded."""
+        return self.rounded(key_states, value_states, layer_idx)
 
 
 def round_inputs_(model: "PreTrainedModel", checkpoint: Path) -> None:
