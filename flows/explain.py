@@ -66,6 +66,8 @@ def _step(annotation: Any, part: int | str) -> tuple[Any, bool]:
             return field.annotation, False
         if part in _tags(annotation):
             return annotation, True
+        named = get_args(annotation.__annotations__.get("__pydantic_extra__"))  # dict[str, value] of free names
+        return (named[1] if named else None), False
     return None, False
 
 

@@ -2,9 +2,14 @@
 
 from flows.pipeline import ORIGINAL, Products
 from flows.recipe import Recipe
+from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.validation.latency import SpeedSummary
-from tasks.validation.limits import Judgement, judge
+from tasks.validation.latency import measured as measured_speed
+from tasks.validation.measured import Measured
+from tasks.validation.metrics import measured_size
 from tasks.validation.quality import QualitySummary
+from tasks.validation.quality import measured as measured_quality
+from tasks.validation.verdicts import QUIET, Judgement, judge
 
 
 def speed_of(products: Products) -> SpeedSummary | None:
@@ -17,18 +22,25 @@ def quality_of(products: Products) -> dict[str, QualitySummary]:
     return {key: QualitySummary.model_validate(stage.metrics) for key, stage in products.quality.items()}
 
 
+def figures_of(products: Products) -> dict[str, dict[str, Measured]]:
+    """What was measured of each engine bundle, whoever measured it."""
+    speed, quality = speed_of(products), quality_of(products)
+    original_size = CheckpointSummary.model_validate(products.original.metrics).size_bytes
+    found = {}
+    for key, bundle in products.bundles.items():
+        found[key] = measured_size(bundle.artifact.size_bytes, original_size)
+        found[key] |= measured_quality(quality[key]) if key in quality else {}
+        found[key] |= measured_speed(speed, key) if speed else {}
+    return found
+
+
 def judge_candidates(recipe: Recipe, products: Products) -> dict[str, Judgement]:
     """The verdict on every candidate's engine bundle; the unchanged model in the same engines is not judged."""
-    speed, quality = speed_of(products), quality_of(products)
+    speed, metrics = speed_of(products), recipe.validation.metrics()
+    noise = speed.noise_factors() if speed else QUIET
     return {
-        key: judge(
-            recipe.validation.limits,
-            key,
-            quality=quality[key],
-            speed=speed,
-            size_bytes=bundle.artifact.size_bytes,
-        )
-        for key, bundle in products.bundles.items()
+        key: judge(recipe.validation.limits, figures, metrics, noise=noise)
+        for key, figures in figures_of(products).items()
         if not key.startswith(f"{ORIGINAL}/")
     }
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -10,6 +11,7 @@ from infra.registry import Version
 from infra.tracking import tracking_uri
 from tasks.validation.report import ReportData, lines, terminal_table
 from tasks.validation.statistics import Estimate
+from tasks.validation.verdicts import Verdict
 
 TABLE_WIDTH = 128
 """Columns that the table needs; a narrower terminal wraps its lines, which still reads better than folded names."""
@@ -31,7 +33,7 @@ class Outcome(BaseModel, frozen=True):
     def metrics(self) -> dict[str, float]:
         """Figures of the whole run, for comparing runs with each other."""
         verdicts = [row.judgement.verdict for row in self.data.rows if row.judgement]
-        found = {f"num_{name.lower()}": float(verdicts.count(name)) for name in ("ACCEPT", "REJECT", "INCONCLUSIVE")}
+        found = {f"num_{name.lower()}": float(verdicts.count(name)) for name in get_args(Verdict)}
         for line in lines(self.data):
             if line.row.name != self.data.winner:
                 continue

@@ -22,6 +22,8 @@ from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.training import QuantizationTraining
 from tasks.validation import Limits, Quality, Speed, unmeasurable
+from tasks.validation.measured import Metric
+from tasks.validation.metrics import SIZE_METRICS, by_name
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 RESERVED_NAMES = ("original", "pytorch")
@@ -73,6 +75,16 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
     limits: Limits = Limits()
 
+    def metrics(self) -> dict[str, Metric]:
+        """What is measured of every candidate, by name: what `limits` may limit."""
+        options = [self.quality, self.speed]
+        return by_name([*SIZE_METRICS, *(metric for each in options if each for metric in each.metrics())])
+
+    @model_validator(mode="after")
+    def _metrics_differ(self) -> "Validation":
+        self.metrics()
+        return self
+
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """What to make of which model."""
@@ -106,7 +118,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _limits_can_be_judged(self) -> "Recipe":
-        problems = unmeasurable(self.validation.limits, self.validation.speed)
+        problems = unmeasurable(self.validation.limits, self.validation.metrics())
         if problems:
             raise ValueError(" ".join(problems))
         if self.register_as and not self.validation.limits.metrics():

@@ -25,7 +25,6 @@ from tasks.pruning import Width
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.summary import Choice, QuantizationSummary, QuantizedLayer
-from tasks.validation.limits import Judgement
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import (
     Curve,
@@ -39,6 +38,7 @@ from tasks.validation.report import (
     headline,
     render,
 )
+from tasks.validation.verdicts import Judgement
 
 CURVES = {"loss": "loss", "perplexity": "perplexity on held-out text"}
 

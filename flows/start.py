@@ -52,9 +52,9 @@ def start(
     named = {engine["engine"]: engine for engine in options["engines"]}
     options["engines"] = [named.get(name, {"engine": name, "precision": PRECISION[name]}) for name in engines]
     options["validation"]["limits"] |= {
-        "perplexity": {"max_increase_percent": max_perplexity_increase_percent},
+        "perplexity": {"max_degradation_percent": max_perplexity_increase_percent},
         "top1_agreement": {"min": min_top1_agreement},
-        "never_slower_than": "original" if never_slower_than_original else None,
+        "never_slower_than": ["original"] if never_slower_than_original else [],
     }
     if register_as:
         options["register_as"] = register_as

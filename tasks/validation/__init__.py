@@ -1,4 +1,4 @@
-"""Measuring candidates and judging them: quality, speed, limits, Pareto front, report."""
+"""Measuring candidates and judging them: quality, speed, limits, verdicts, Pareto front, report."""
 
 from tasks.validation.latency import Speed
 from tasks.validation.limits import Limits, unmeasurable

@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,20 @@ from pydantic import BaseModel, Field, field_validator
 from tasks.calibration.progress import Report, silent
 from tasks.validation.latency_worker import Worker
 from tasks.validation.machine import Machine, machine
+from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, figure_name, worsening
 from tasks.validation.statistics import (
+    CONFIDENCE,
+    MIN_OBSERVATIONS,
     Estimate,
+    Floats,
     Percentiles,
+    exactly,
     median,
     percentiles,
     ratio_of_medians,
+    ratio_of_percentiles,
     ratio_through_control,
+    scaled,
 )
 
 ORIGINAL = "original"
@@ -44,6 +52,36 @@ CONTROL_TOLERANCE = 0.03
 """The control's interval may miss 1 by this much before the machine counts as noisy."""
 CONTROL_MAX_HALF_WIDTH = 0.15
 """A wider interval of the control says that the machine's noise hides differences of this size."""
+_SPEED: dict[str, Any] = {"aspect": "speed", "option": "validation.speed"}
+METRICS = (
+    Metric(name="ttft_ms", title="TTFT", unit="ms", better="lower", **_SPEED),
+    Metric(name="tpot_ms", title="TPOT", unit="ms", better="lower", **_SPEED),
+    Metric(name="throughput_tokens_per_s", title="throughput", unit="tokens/s", better="higher", **_SPEED),
+    Metric(
+        name="speedup_over_original",
+        title="throughput relative to the original",
+        unit="×",
+        better="higher",
+        compared=False,
+        **_SPEED,
+    ),
+    Metric(
+        name="speedup_over_unquantized",
+        title="throughput relative to the unquantized original in the same engine",
+        unit="×",
+        better="higher",
+        compared=False,
+        **_SPEED,
+    ),
+    Metric(
+        name="peak_memory_mib",
+        title="peak memory",
+        unit="MiB",
+        better="lower",
+        aspect="cost",
+        option="validation.speed",
+    ),
+)
 
 
 class Speed(BaseModel, frozen=True, extra="forbid"):
@@ -73,6 +111,23 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"batch_sizes must ascend from 1; got {list(batch_sizes)}. Write [1, 8], for example.")
         return batch_sizes
 
+    def metrics(self) -> tuple[Metric, ...]:
+        """What these options measure."""
+        refused: dict[Percentile, str] = {
+            percentile: f"needs at least {MIN_OBSERVATIONS[percentile]} requests; speed.num_blocks is "
+            f"{self.num_blocks}. Raise it, or limit p50."
+            for percentile in PERCENTILES
+            if self.num_blocks < MIN_OBSERVATIONS[percentile]
+        }
+        of_requests = {
+            "percentiles": tuple(percentile for percentile in PERCENTILES if percentile not in refused),
+            "refused": refused,
+            "batch_sizes": (1,),
+        }
+        by_batch = {"batch_sizes": self.batch_sizes}
+        measured_of = {"ttft_ms": of_requests, "tpot_ms": of_requests, "peak_memory_mib": {}}
+        return tuple(metric.model_copy(update=measured_of.get(metric.name, by_batch)) for metric in METRICS)
+
 
 class Subject(BaseModel, frozen=True, extra="forbid"):
     """An engine bundle to time."""
@@ -99,8 +154,8 @@ class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     ttft_ms: Percentiles
     tpot_ms: Percentiles = Field(description="Over requests.")
     inter_token_ms: Percentiles = Field(description="Over single gaps between tokens.")
-    ttft_ratio_to_original: Estimate = Field(description="Below 1: faster than the original.")
-    tpot_ratio_to_original: Estimate
+    ttft_ratios_to_original: dict[str, Estimate] = Field(description="By percentile; below 1: faster.")
+    tpot_ratios_to_original: dict[str, Estimate]
     throughput: dict[int, Throughput] = Field(description="By batch size.")
     load_s: float = Field(description="From an empty process with our code to a session; files may be in the cache.")
     peak_memory_mib: float = Field(description="Largest resident set of its process, the Python runtime included.")
@@ -131,6 +186,15 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     num_groups: int
     elapsed_s: float
     machine: Machine | None = Field(None, description="What this machine can do at best, measured before the first.")
+
+    def noise_factors(self) -> tuple[float, float]:
+        """How far below and above 1 the original's ratio to itself may lie if the machine was noisy, else (1, 1)."""
+        if not self.noisy:
+            return 1.0, 1.0
+        ratios = (self.control.ttft_ratio, self.control.tpot_ratio, self.control.throughput_ratio)
+        lows = [ratio.low for ratio in ratios if ratio.low is not None]
+        highs = [ratio.high for ratio in ratios if ratio.high is not None]
+        return min([1.0, *lows]), max([1.0, *highs])
 
 
 @dataclass
@@ -341,6 +405,7 @@ def summarize(
     *,
     threads: int,
     elapsed_s: float,
+    confidence: float = CONFIDENCE,
 ) -> SpeedSummary:
     """Figures and intervals from raw timings.
 
@@ -352,13 +417,14 @@ def summarize(
         limits: of the machine; None: not measured.
         threads: of every engine.
         elapsed_s: of the whole measurement.
+        confidence: of the intervals.
     """
     pooled = {name: _pool([timings[name] for timings in groups]) for name in (ORIGINAL, CONTROL)}
     everyone = {ORIGINAL: (pooled[ORIGINAL], pooled[ORIGINAL])}
     for timings in groups:
         everyone |= {name: (t, timings[ORIGINAL]) for name, t in timings.items() if name not in pooled}
     baselines = {subject.name: subject.baseline for subject in subjects if subject.baseline}
-    seed = options.seed
+    how: dict[str, Any] = {"seed": options.seed, "confidence": confidence}
     summaries = {}
     for name, (timing, original) in everyone.items():
         baseline = everyone.get(baselines.get(name, ""))
@@ -367,22 +433,22 @@ def summarize(
             rate, beside = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
             versus = None
             if baseline and baseline[1] is original:
-                versus = ratio_of_medians(rate, baseline[0].tokens_per_s(batch_size), seed=seed)
+                versus = ratio_of_medians(rate, baseline[0].tokens_per_s(batch_size), **how)
             elif baseline:
                 others = [t.tokens_per_s(batch_size) for t in baseline]
-                versus = ratio_through_control(rate, beside, *others, seed=seed)
+                versus = ratio_through_control(rate, beside, *others, **how)
             throughput[batch_size] = Throughput(
                 num=rate.size,
-                tokens_per_s=median(rate, seed=seed),
-                ratio_to_original=ratio_of_medians(rate, beside, seed=seed),
+                tokens_per_s=median(rate, **how),
+                ratio_to_original=ratio_of_medians(rate, beside, **how),
                 ratio_to_baseline=versus,
             )
         summaries[name] = SubjectSpeed(
-            ttft_ms=percentiles(timing.ttft_ms(), seed=seed),
-            tpot_ms=percentiles(timing.tpot_ms(), seed=seed),
-            inter_token_ms=percentiles(timing.inter_token_ms(), seed=seed),
-            ttft_ratio_to_original=ratio_of_medians(timing.ttft_ms(), original.ttft_ms(), seed=seed),
-            tpot_ratio_to_original=ratio_of_medians(timing.tpot_ms(), original.tpot_ms(), seed=seed),
+            ttft_ms=percentiles(timing.ttft_ms(), **how),
+            tpot_ms=percentiles(timing.tpot_ms(), **how),
+            inter_token_ms=percentiles(timing.inter_token_ms(), **how),
+            ttft_ratios_to_original=_ratios(timing.ttft_ms(), original.ttft_ms(), **how),
+            tpot_ratios_to_original=_ratios(timing.tpot_ms(), original.tpot_ms(), **how),
             throughput=throughput,
             load_s=timing.load_s,
             peak_memory_mib=timing.peak_memory_mib,
@@ -390,7 +456,7 @@ def summarize(
             idle_cpu_percent=100 * timing.idle_cpu_s / max(timing.idle_s, 1e-9),
             group=timing.group,
         )
-    control = _control(pooled[ORIGINAL], pooled[CONTROL], seed=seed)
+    control = _control(pooled[ORIGINAL], pooled[CONTROL], **how)
     noisy, noise = judge_noise(control)
     return SpeedSummary(
         subjects=summaries,
@@ -405,6 +471,14 @@ def summarize(
         elapsed_s=elapsed_s,
         machine=limits,
     )
+
+
+def _ratios(its: Floats, others: Floats, **how: Any) -> dict[str, Estimate]:
+    """The ratio of each percentile of observations in the same blocks."""
+    ratios = {"p50": ratio_of_medians(its, others, **how)}
+    for percentile in PERCENTILES[1:]:
+        ratios[percentile] = ratio_of_percentiles(its, others, float(percentile[1:]), **how)
+    return ratios
 
 
 def _pool(timings: Sequence[Timings]) -> Timings:
@@ -424,11 +498,11 @@ def _pool(timings: Sequence[Timings]) -> Timings:
     )
 
 
-def _control(original: Timings, control: Timings, *, seed: int) -> Control:
+def _control(original: Timings, control: Timings, **how: Any) -> Control:
     return Control(
-        ttft_ratio=ratio_of_medians(control.ttft_ms(), original.ttft_ms(), seed=seed),
-        tpot_ratio=ratio_of_medians(control.tpot_ms(), original.tpot_ms(), seed=seed),
-        throughput_ratio=ratio_of_medians(control.tokens_per_s(1), original.tokens_per_s(1), seed=seed),
+        ttft_ratio=ratio_of_medians(control.ttft_ms(), original.ttft_ms(), **how),
+        tpot_ratio=ratio_of_medians(control.tpot_ms(), original.tpot_ms(), **how),
+        throughput_ratio=ratio_of_medians(control.tokens_per_s(1), original.tokens_per_s(1), **how),
     )
 
 
@@ -443,6 +517,56 @@ def judge_noise(control: Control) -> tuple[bool, str]:
     if wide:
         return True, f"Noisy: the original's ratio to itself is known only roughly ({shown}; should be 1)."
     return False, f"Quiet enough: the original beside itself gives ratios of {shown}; they should be 1."
+
+
+def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
+    """What a summary says of each metric of a subject; empty of one that was not measured."""
+    subject, original = summary.subjects.get(name), summary.subjects[ORIGINAL]
+    if subject is None:
+        return {}
+    found = {
+        "peak_memory_mib": _beside(
+            exactly(subject.peak_memory_mib),
+            exactly(subject.peak_memory_mib / original.peak_memory_mib),
+            original.peak_memory_mib,
+            better="lower",
+        )
+    }
+    for metric in ("ttft_ms", "tpot_ms"):
+        its: Percentiles = getattr(subject, metric)
+        others: Percentiles = getattr(original, metric)
+        ratios: dict[str, Estimate] = getattr(subject, f"{metric.removesuffix('_ms')}_ratios_to_original")
+        for percentile in PERCENTILES:
+            found[figure_name(metric, percentile=percentile, batch_size=1)] = _beside(
+                getattr(its, percentile),
+                ratios[percentile],
+                getattr(others, percentile).value,
+                better="lower",
+                too_few=its.too_few(percentile),
+            )
+    for batch_size, at in subject.throughput.items():
+        rate = original.throughput[batch_size].tokens_per_s.value
+        found[figure_name("throughput_tokens_per_s", batch_size=batch_size)] = _beside(
+            at.tokens_per_s, at.ratio_to_original, rate, better="higher"
+        )
+        found[figure_name("speedup_over_original", batch_size=batch_size)] = Measured(value=at.ratio_to_original)
+        if at.ratio_to_baseline:
+            found[figure_name("speedup_over_unquantized", batch_size=batch_size)] = Measured(value=at.ratio_to_baseline)
+    return found
+
+
+def _beside(
+    value: Estimate, ratio: Estimate, original: float, *, better: Literal["lower", "higher"], too_few: str = ""
+) -> Measured:
+    """A figure beside the original's; what it lost in its unit is the ratio's part of the original's figure."""
+    loss = worsening(better, ratio)
+    return Measured(
+        value=value,
+        original=original,
+        degradation=scaled(loss, original / 100),
+        degradation_percent=loss,
+        too_few=too_few,
+    )
 
 
 def _low(estimate: Estimate) -> float:

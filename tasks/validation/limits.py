@@ -1,292 +1,200 @@
-"""Limits a candidate has to keep, and the verdict: ACCEPT, REJECT or INCONCLUSIVE.
+"""Limits a candidate has to keep: goals on any metric, checked against what a recipe measures before anything runs.
 
-A limit is kept when the *whole* interval of the measured figure lies on its good side, broken when the whole interval
-lies on the bad side, and otherwise not decided: measuring more narrows the interval. So "quality is not worse by more
-than 1 %" is accepted only when a loss of 1 % is ruled out (non-inferiority), not when no loss was found.
+How they are judged is in verdicts.py.
 """
 
-from typing import Literal
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
-from tasks.validation.latency import Speed, SpeedSummary, SubjectSpeed
-from tasks.validation.quality import Quality, QualitySummary
-from tasks.validation.statistics import MIN_FOR_P99, Estimate, Percentiles, exactly
+from tasks.validation.measured import Metric, Percentile
+from tasks.validation.metrics import KNOWN
 
-Verdict = Literal["ACCEPT", "REJECT", "INCONCLUSIVE"]
-QUALITY_METRICS = ("perplexity", "top1_agreement", "kl")
-SPEED_METRICS = ("tpot_ms", "ttft_ms", "peak_memory_mib", "throughput_tokens_per_s", "never_slower_than")
-
-
-class MaxIncrease(BaseModel, frozen=True, extra="forbid"):
-    """A bound on how much worse than the original."""
-
-    max_increase_percent: float = Field(ge=0, description="Over the original on the same windows.")
+Than = Literal["original", "unquantized"]
+SPEEDUP: dict[Than, str] = {"original": "speedup_over_original", "unquantized": "speedup_over_unquantized"}
+"""The metric that `never_slower_than` limits."""
+RELATIVE = ("max_degradation", "max_degradation_percent", "min_improvement", "min_improvement_percent")
+BOUNDS = ("max", "min", *RELATIVE)
 
 
-class AtMost(BaseModel, frozen=True, extra="forbid"):
-    """An upper bound."""
+class Goal(BaseModel, frozen=True, extra="forbid"):
+    """What one metric has to keep; of several bounds, all."""
 
-    max: float = Field(gt=0)
-
-
-class LatencyAtMost(BaseModel, frozen=True, extra="forbid"):
-    """An upper bound of a percentile over requests, at batch size 1."""
-
-    max: float = Field(gt=0, description="Milliseconds.")
-    percentile: Literal["p50", "p90", "p99"] = Field(
-        "p50", description=f"p99 needs speed.num_blocks of {MIN_FOR_P99} or more."
+    max: float | None = Field(None, description="Upper bound of the figure, in the metric's unit.")
+    min: float | None = Field(None, description="Lower bound of the figure, in the metric's unit.")
+    max_degradation: float | None = Field(
+        None, ge=0, description="How much worse than the original it may be, in the metric's unit."
     )
-
-
-class AgreementAtLeast(BaseModel, frozen=True, extra="forbid"):
-    """A lower bound of a fraction."""
-
-    min: float = Field(ge=0, le=1, description="Fraction of positions, 0 to 1.")
-
-
-class ThroughputAtLeast(BaseModel, frozen=True, extra="forbid"):
-    """A lower bound of throughput."""
-
-    min: float = Field(gt=0, description="Completed output tokens per second, prompts included in the time.")
-    batch_size: int = Field(1, ge=1, description="One of speed.batch_sizes.")
-
-
-class Limits(BaseModel, frozen=True, extra="forbid"):
-    """What every candidate has to keep; what is left out is measured but not judged."""
-
-    perplexity: MaxIncrease | None = None
-    top1_agreement: AgreementAtLeast | None = Field(None, description="Agreement with the original.")
-    kl: AtMost | None = Field(None, description="Mean KL(original ‖ candidate) in nats.")
-    tpot_ms: LatencyAtMost | None = Field(None, description="Time per output token after the first.")
-    ttft_ms: LatencyAtMost | None = Field(None, description="Time to first token.")
-    throughput_tokens_per_s: ThroughputAtLeast | None = None
-    never_slower_than: Literal["original", "unquantized"] | None = Field(
+    max_degradation_percent: float | None = Field(
+        None, ge=0, description="How much worse than the original it may be, in percent of the original's figure."
+    )
+    min_improvement: float | None = Field(
+        None, gt=0, description="How much better than the original it has to be, in the metric's unit."
+    )
+    min_improvement_percent: float | None = Field(
+        None, gt=0, description="How much better than the original it has to be, in percent of the original's figure."
+    )
+    max_gain_percent: float | None = Field(
         None,
+        gt=0,
+        description="Of quality: a gain beyond this is ANOMALOUS, not good; if not given, one beyond the allowed loss.",
+    )
+    percentile: Percentile | None = Field(None, description="Over requests, of latencies; p50 if not given.")
+    batch_size: int | None = Field(None, ge=1, description="A measured one, of what depends on it; 1 if not given.")
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> "Goal":
+        if not self.bounds():
+            raise ValueError(f"a limit needs a bound: {', '.join(BOUNDS)}.")
+        return self
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are set, by name."""
+        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
+
+
+def _is_list(value: Any) -> str:
+    return "goals" if isinstance(value, list | tuple) else "goal"
+
+
+Goals = Annotated[
+    Annotated[Goal, Tag("goal")] | Annotated[tuple[Goal, ...], Tag("goals")],
+    Discriminator(_is_list),
+]
+"""One goal, or several of the same metric: at two batch sizes."""
+
+
+class Limits(BaseModel):
+    """Goals by metric: what every candidate has to keep. What is left out is measured and not judged."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Goals] = Field(init=False)
+
+    never_slower_than: tuple[Than, ...] = Field(
+        (),
         description="Throughput at every measured batch size, prompts included, must not be below that of the original "
         "in PyTorch, or of the unquantized original in the same engine.",
     )
-    peak_memory_mib: AtMost | None = Field(None, description="Largest resident set of the serving process.")
-    size_mib: AtMost | None = Field(None, description="Of the engine bundle on disk.")
-    size_bytes: AtMost | None = None
+
+    def by_metric(self) -> dict[str, tuple[Goal, ...]]:
+        """The goals of each metric, but for `never_slower_than`."""
+        extra = self.__pydantic_extra__ or {}
+        return {metric: goals if isinstance(goals, tuple) else (goals,) for metric, goals in extra.items()}
+
+    def goals(self) -> Iterator[tuple[str, Goal]]:
+        """Every goal with its metric, but for `never_slower_than`."""
+        for metric, goals in self.by_metric().items():
+            yield from ((metric, goal) for goal in goals)
 
     def metrics(self) -> tuple[str, ...]:
-        """Names of the limits that are set; empty when nothing is judged."""
-        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
-
-
-class Check(BaseModel, frozen=True, extra="forbid"):
-    """One limit held against one candidate."""
-
-    metric: str
-    bound: Literal["max", "min"]
-    limit: float
-    measured: float | None = Field(description="None: not measured.")
-    low: float | None = Field(None, description="Of the interval that was judged.")
-    high: float | None = None
-    unit: str
-    verdict: Verdict
-    sentence: str
-
-
-class Judgement(BaseModel, frozen=True, extra="forbid"):
-    """A candidate's verdict and what it rests on."""
-
-    verdict: Verdict
-    checks: tuple[Check, ...]
-    sentence: str
-
-
-def unmeasurable(limits: Limits, speed: Speed | None, quality: Quality | None = Quality()) -> list[str]:  # noqa: B008
-    """A sentence for every limit on something that these options do not measure; empty when all can be judged."""
-    problems = []
-    for metric in limits.metrics():
-        for what, metrics, options in (("speed", SPEED_METRICS, speed), ("quality", QUALITY_METRICS, quality)):
-            if metric in metrics and options is None:
-                problems.append(
-                    f"limits.{metric} needs measured {what}; validation.{what} is null. Set it, or drop the limit."
-                )
-    throughput = limits.throughput_tokens_per_s
-    if speed and throughput and throughput.batch_size not in speed.batch_sizes:
-        problems.append(
-            f"limits.throughput_tokens_per_s needs a measured batch size; got {throughput.batch_size}, but "
-            f"speed.batch_sizes are {', '.join(map(str, speed.batch_sizes))}. Add it there, or change the limit."
+        """Names of the metrics that are limited, each once; empty when nothing is judged."""
+        return tuple(
+            dict.fromkeys([*(m for m, _ in self.goals()), *(SPEEDUP[than] for than in self.never_slower_than)])
         )
-    for metric in ("tpot_ms", "ttft_ms"):
-        limit = getattr(limits, metric)
-        if speed and limit and limit.percentile == "p99" and speed.num_blocks < MIN_FOR_P99:
-            problems.append(
-                f"limits.{metric} on p99 needs at least {MIN_FOR_P99} requests; speed.num_blocks is "
-                f"{speed.num_blocks}. Raise it, or limit p90."
-            )
-    return problems
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Metrics by name, so that editors know them."""
+        found = handler(schema)
+        target = handler.resolve_ref_schema(found)
+        goals = target.pop("additionalProperties")
+        fixed = {metric.name: _described(goals, metric) for metric in KNOWN.values() if "*" not in metric.name}
+        patterns = {
+            name_pattern(metric.name): _described(goals, metric) for metric in KNOWN.values() if "*" in metric.name
+        }
+        target["properties"] = fixed | target["properties"]
+        if patterns:
+            target["patternProperties"] = patterns
+        target["additionalProperties"] = False
+        return found
 
 
-def judge(
-    limits: Limits, name: str, *, quality: QualitySummary | None, speed: SpeedSummary | None, size_bytes: int | None
-) -> Judgement:
-    """The verdict on a candidate.
+def _described(goals: JsonSchemaValue, metric: Metric) -> JsonSchemaValue:
+    unit = f", in {metric.unit}" if metric.unit else ""
+    return goals | {"description": f"{metric.title[:1].upper()}{metric.title[1:]}{unit}; {metric.better} is better."}
+
+
+def name_pattern(name: str) -> str:
+    """The regular expression of a metric's name, in which * stands for what is known only later, as a task's name."""
+    return "^" + re.escape(name).replace(r"\*", r"[A-Za-z0-9_.-]+") + "$"
+
+
+def unmeasurable(limits: Limits, measured: Mapping[str, Metric]) -> list[str]:
+    """A sentence for every limit that cannot be judged with what a recipe measures; empty when all can be.
 
     Args:
         limits: of the recipe.
-        name: of the candidate among the subjects of `speed`.
-        quality: None: not measured (an engine that cannot run here).
-        speed: None, or without this subject: not measured.
-        size_bytes: of the engine bundle.
+        measured: the metrics that its options measure, by name.
     """
-    checks = _quality_checks(limits, quality)
-    checks += _speed_checks(limits, speed, None if speed is None else speed.subjects.get(name))
-    size = None if size_bytes is None else exactly(size_bytes / 2**20)
-    if limits.size_mib:
-        checks.append(_check("size", "max", limits.size_mib.max, size, "MiB"))
-    if limits.size_bytes:
-        size = None if size_bytes is None else exactly(size_bytes)
-        checks.append(_check("size", "max", limits.size_bytes.max, size, "bytes"))
-    return conclude(checks)
+    problems = [
+        f"limits.{name} lists no limit; give one, or drop it."
+        for name, goals in limits.by_metric().items()
+        if not goals
+    ]
+    for name, goal in limits.goals():
+        metric = measured.get(name)
+        problems += [_unmeasured(name, measured)] if metric is None else _misfits(metric, goal)
+    for than in limits.never_slower_than:
+        if SPEEDUP[than] not in measured:
+            problems.append(
+                "limits.never_slower_than needs measured speed; validation.speed is null. Set it, or drop the limit."
+            )
+    return list(dict.fromkeys(problems))
 
 
-def conclude(checks: list[Check]) -> Judgement:
-    """REJECT if any check rejects, else INCONCLUSIVE if any does not decide or none was made, else ACCEPT."""
-    if not checks:
-        sentence = "No limits were set, so nothing was judged."
-        return Judgement(verdict="INCONCLUSIVE", checks=(), sentence=sentence)
-    for verdict, says in (("REJECT", "broken"), ("INCONCLUSIVE", "not decided")):
-        found = [check for check in checks if check.verdict == verdict]
-        if found:
-            count = f"{len(found)} of {len(checks)} limits {'is' if len(found) == 1 else 'are'} {says}."
-            sentence = " ".join([count, *(check.sentence for check in found)])
-            return Judgement(verdict=found[0].verdict, checks=tuple(checks), sentence=sentence)
-    count = "the one limit" if len(checks) == 1 else f"all {len(checks)} limits"
-    return Judgement(verdict="ACCEPT", checks=tuple(checks), sentence=f"It keeps {count}, whole intervals included.")
+def _unmeasured(name: str, measured: Mapping[str, Metric]) -> str:
+    known = next((m for m in KNOWN.values() if re.match(name_pattern(m.name), name)), None)
+    if known and known.option:
+        return f"limits.{name} needs {known.option}, which does not measure it here. Set it, or drop the limit."
+    nearest = difflib.get_close_matches(name, measured, n=1, cutoff=0.5) or difflib.get_close_matches(name, KNOWN, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"limits.{name}: there is no such metric.{hint} This recipe measures: {', '.join(sorted(measured))}."
 
 
-def _quality_checks(limits: Limits, quality: QualitySummary | None) -> list[Check]:
-    checks = []
-    if limits.perplexity:
-        increase = None if quality is None else quality.perplexity_increase_percent
-        checks.append(_check("perplexity increase", "max", limits.perplexity.max_increase_percent, increase, "%"))
-    if limits.top1_agreement:
-        agreement = None if quality is None else quality.top1_agreement
-        checks.append(_check("top-1 agreement", "min", limits.top1_agreement.min, agreement, ""))
-    if limits.kl:
-        kl = None if quality is None else quality.kl_nats
-        checks.append(_check("KL from the original", "max", limits.kl.max, kl, "nats"))
-    return checks
+def _misfits(metric: Metric, goal: Goal) -> list[str]:
+    """What in `goal` means nothing for `metric`, or is not measured of it."""
+    where = f"limits.{metric.name}"
+    problems = []
+    wrong, right = ("min", "max") if metric.better == "lower" else ("max", "min")
+    if getattr(goal, wrong) is not None:
+        problems.append(f"{where}: {metric.better} is better, so bound it by `{right}`, not by `{wrong}`.")
+    for bound, value in goal.bounds().items():
+        if bound in RELATIVE and not metric.compared:
+            problems.append(
+                f"{where}: the original has no {metric.title} to compare with; use `{right}`, not `{bound}`."
+            )
+        if bound in ("max", "min") and metric.largest is not None and not 0 <= value <= metric.largest:
+            problems.append(f"{where}.{bound} must lie in 0..{metric.largest:g}; got {value:g}.")
+    if goal.max_gain_percent is not None and not (metric.compared and metric.aspect == "quality"):
+        problems.append(f"{where}: `max_gain_percent` is of quality beside the original's; drop it.")
+    if goal.percentile and not (metric.percentiles or metric.refused):
+        problems.append(f"{where} has no percentiles; drop `percentile: {goal.percentile}`.")
+    elif goal.percentile and goal.percentile not in metric.percentiles:
+        why = metric.refused.get(goal.percentile)
+        problems.append(f"{where} on {goal.percentile}: " + (why or f"measured are {', '.join(metric.percentiles)}."))
+    return problems + _batch_misfits(where, goal.batch_size, metric.batch_sizes, metric.option)
 
 
-def _speed_checks(limits: Limits, summary: SpeedSummary | None, subject: SubjectSpeed | None) -> list[Check]:
-    checks = []
-    noise = _noise(summary)
-    for metric in ("ttft_ms", "tpot_ms"):
-        limit: LatencyAtMost | None = getattr(limits, metric)
-        if limit:
-            measured: Percentiles | None = None if subject is None else getattr(subject, metric)
-            checks.append(_latency_check(metric, limit, measured, noise))
-    if limits.throughput_tokens_per_s:
-        batch_size = limits.throughput_tokens_per_s.batch_size
-        at = None if subject is None else subject.throughput.get(batch_size)
-        metric = f"throughput at batch size {batch_size}"
-        rate = None if at is None else at.tokens_per_s
-        checks.append(_check(metric, "min", limits.throughput_tokens_per_s.min, rate, "tokens/s", noise))
-    if limits.never_slower_than:
-        checks += _never_slower_checks(limits.never_slower_than, subject, noise)
-    if limits.peak_memory_mib:
-        memory = None if subject is None else exactly(subject.peak_memory_mib)
-        checks.append(_check("peak memory", "max", limits.peak_memory_mib.max, memory, "MiB"))
-    return checks
-
-
-def _latency_check(
-    metric: str, limit: LatencyAtMost, measured: Percentiles | None, noise: tuple[float, float]
-) -> Check:
-    name = f"{metric.removesuffix('_ms').upper()} {limit.percentile}"
-    estimate: Estimate | None = None if measured is None else getattr(measured, limit.percentile)
-    if measured and limit.percentile == "p99" and not measured.p99_supported and estimate:
-        sentence = f"{name} needs {MIN_FOR_P99} requests; {measured.num} were timed."
-        return Check(
-            metric=name,
-            bound="max",
-            limit=limit.max,
-            measured=estimate.value,
-            unit="ms",
-            verdict="INCONCLUSIVE",
-            sentence=sentence,
-        )
-    return _check(name, "max", limit.max, estimate, "ms", noise)
-
-
-def _never_slower_checks(
-    than: Literal["original", "unquantized"], subject: SubjectSpeed | None, noise: tuple[float, float]
-) -> list[Check]:
-    label = "the original" if than == "original" else "the unquantized original in the same engine"
-    if subject is None:
-        return [_check(f"throughput relative to {label}", "min", 1.0, None, "×")]
-    checks = []
-    for batch_size, at in subject.throughput.items():
-        ratio = at.ratio_to_original if than == "original" else at.ratio_to_baseline
-        metric = f"throughput relative to {label}, batch size {batch_size}"
-        checks.append(_check(metric, "min", 1.0, ratio, "×", noise))
-    return checks
-
-
-def _noise(summary: SpeedSummary | None) -> tuple[float, float]:
-    """Factors by which the original's ratio to itself strayed from 1 on a noisy machine; (1, 1) on a quiet one."""
-    if summary is None or not summary.noisy:
-        return 1.0, 1.0
-    ratios = (summary.control.ttft_ratio, summary.control.tpot_ratio, summary.control.throughput_ratio)
-    lows = [ratio.low for ratio in ratios if ratio.low is not None]
-    highs = [ratio.high for ratio in ratios if ratio.high is not None]
-    return min([1.0, *lows]), max([1.0, *highs])
-
-
-def _check(
-    metric: str,
-    bound: Literal["max", "min"],
-    limit: float,
-    estimate: Estimate | None,
-    unit: str,
-    noise: tuple[float, float] = (1.0, 1.0),
-) -> Check:
-    """A limit held against an estimate, whose interval is widened by what the machine's noise does to a ratio."""
-    if estimate is None:
-        return Check(
-            metric=metric,
-            bound=bound,
-            limit=limit,
-            measured=None,
-            unit=unit,
-            verdict="INCONCLUSIVE",
-            sentence=f"{_capital(metric)} was not measured.",
-        )
-    low = None if estimate.low is None else estimate.low * noise[0]
-    high = None if estimate.high is None else estimate.high * noise[1]
-    verdict: Verdict = "INCONCLUSIVE"
-    if low is not None and high is not None:
-        good, bad = (high <= limit, low > limit) if bound == "max" else (low >= limit, high < limit)
-        verdict = "ACCEPT" if good else "REJECT" if bad else "INCONCLUSIVE"
-    widened = ", widened because the machine was noisy" if noise != (1.0, 1.0) else ""
-    interval = "interval unknown" if low is None or high is None else f"95 % [{low:.4g}, {high:.4g}]{widened}"
-    if low == high:
-        interval = ""
-    what = {"ACCEPT": "keeps", "REJECT": "breaks", "INCONCLUSIVE": "may or may not keep"}[verdict]
-    side = "at most" if bound == "max" else "at least"
-    shown = f"{estimate.value:.4g}{_suffix(unit)}" + (f" ({interval})" if interval else "")
-    return Check(
-        metric=metric,
-        bound=bound,
-        limit=limit,
-        measured=estimate.value,
-        low=low,
-        high=high,
-        unit=unit,
-        verdict=verdict,
-        sentence=f"{_capital(metric)} of {shown} {what} the limit of {side} {limit:.4g}{_suffix(unit)}.",
-    )
-
-
-def _suffix(unit: str) -> str:
-    return unit if unit == "×" or not unit else f" {unit}"
-
-
-def _capital(text: str) -> str:
-    return text if text[:2].isupper() else text[:1].upper() + text[1:]
+def _batch_misfits(where: str, batch_size: int | None, measured: Sequence[int], option: str) -> list[str]:
+    if batch_size is None:
+        return []
+    if not measured:
+        return [f"{where} does not depend on a batch size; drop `batch_size: {batch_size}`."]
+    if batch_size in measured:
+        return []
+    sizes = ", ".join(map(str, measured))
+    problem = f"{where} needs a measured batch size; got {batch_size}, and those of {option} are {sizes}. "
+    return [problem + "Add it there, or change the limit."]

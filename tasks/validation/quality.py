@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report, silent
-from tasks.validation.statistics import Estimate, bootstrap_ratio_of_sums, paired_increase_percent
+from tasks.validation.measured import Measured, Metric
+from tasks.validation.statistics import (
+    CONFIDENCE,
+    Estimate,
+    bootstrap_difference_of_ratios,
+    bootstrap_ratio_of_sums,
+    paired_increase_percent,
+    scaled,
+)
 
 if TYPE_CHECKING:
     from tasks.engines.generation import Session
@@ -29,6 +37,20 @@ ROWS_PER_CHUNK = 64
 """Positions whose log-softmax is held at once: 64 of 150 000 tokens are 38 MiB."""
 MAX_REFERENCE_BYTES = 128 * 2**20
 """Bound of the original's stored log-probabilities, 4 bytes per vocabulary entry and position."""
+METRICS = (
+    Metric(name="perplexity", title="perplexity", unit="", better="lower", aspect="quality"),
+    Metric(name="bits_per_byte", title="bits per byte", unit="", better="lower", aspect="quality"),
+    Metric(
+        name="top1_agreement",
+        title="top-1 agreement",
+        unit="",
+        better="higher",
+        aspect="quality",
+        compared=False,
+        largest=1.0,
+    ),
+    Metric(name="kl_nats", title="KL from the original", unit="nats", better="lower", aspect="quality", compared=False),
+)
 
 
 class Quality(BaseModel, frozen=True, extra="forbid"):
@@ -42,6 +64,10 @@ class Quality(BaseModel, frozen=True, extra="forbid"):
         "fewer where they would fill more than 128 MiB.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the drawn positions and of the bootstrap.")
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What these options measure."""
+        return METRICS
 
 
 class ReferenceSummary(BaseModel, frozen=True, extra="forbid"):
@@ -60,9 +86,12 @@ class QualitySummary(BaseModel, frozen=True, extra="forbid"):
     """A candidate on the same windows; intervals are 95 %, from resampled documents."""
 
     perplexity: Estimate
+    perplexity_increase: Estimate = Field(description="Over the original on the same windows, paired.")
     perplexity_increase_percent: Estimate = Field(description="Over the original on the same windows, paired.")
     original_perplexity: float
     bits_per_byte: Estimate
+    bits_per_byte_increase: Estimate = Field(description="Over the original on the same windows, paired.")
+    original_bits_per_byte: float
     top1_agreement: Estimate = Field(description="Fraction of positions where both find the same token likeliest.")
     kl_nats: Estimate = Field(description="Mean KL(original ‖ candidate) over the drawn positions.")
     window: int
@@ -192,23 +221,35 @@ def measure_quality(
         session.close()
     items = pd.DataFrame(rows)
     items.to_parquet(out / "items.parquet", index=False)
-    return summarize(items, evaluation, seed=options.seed)
+    return summarize(items, seed=options.seed)
 
 
-def summarize(items: Any, evaluation: Evaluation, *, seed: int) -> QualitySummary:
-    """The summary of `items.parquet`, a pandas DataFrame with one row per window."""
+def summarize(items: Any, *, seed: int, confidence: float = CONFIDENCE) -> QualitySummary:
+    """The summary of `items.parquet`, a pandas DataFrame with one row per window.
+
+    Args:
+        items: of one measurement, or those of several on different windows.
+        seed: of the bootstrap.
+        confidence: of the intervals.
+    """
     column = {name: items[name].to_numpy() for name in items.columns}
-    documents, num_tokens = column["document"], column["num_tokens"]
+    documents, num_tokens, num_bytes = column["document"], column["num_tokens"], column["num_bytes"]
+    nll, original_nll = column["nll"], column["original_nll"]
+    how: dict[str, Any] = {"seed": seed, "confidence": confidence}
+    bits, original_bits = nll / math.log(2), original_nll / math.log(2)
     return QualitySummary(
-        perplexity=bootstrap_ratio_of_sums(column["nll"], num_tokens, documents, seed=seed, transform=np.exp),
-        perplexity_increase_percent=paired_increase_percent(
-            column["nll"], column["original_nll"], num_tokens, documents, seed=seed
+        perplexity=bootstrap_ratio_of_sums(nll, num_tokens, documents, transform=np.exp, **how),
+        perplexity_increase=bootstrap_difference_of_ratios(
+            nll, original_nll, num_tokens, documents, transform=np.exp, **how
         ),
-        original_perplexity=math.exp(column["original_nll"].sum() / num_tokens.sum()),
-        bits_per_byte=bits_per_byte(column["nll"], evaluation, seed=seed),
-        top1_agreement=bootstrap_ratio_of_sums(column["num_same_top1"], num_tokens, documents, seed=seed),
-        kl_nats=_mean_kl(column, seed=seed),
-        window=evaluation.tokens.shape[1],
+        perplexity_increase_percent=paired_increase_percent(nll, original_nll, num_tokens, documents, **how),
+        original_perplexity=math.exp(original_nll.sum() / num_tokens.sum()),
+        bits_per_byte=bootstrap_ratio_of_sums(bits, num_bytes, documents, **how),
+        bits_per_byte_increase=bootstrap_ratio_of_sums(bits - original_bits, num_bytes, documents, **how),
+        original_bits_per_byte=float(original_bits.sum() / num_bytes.sum()),
+        top1_agreement=bootstrap_ratio_of_sums(column["num_same_top1"], num_tokens, documents, **how),
+        kl_nats=_mean_kl(column, **how),
+        window=int(num_tokens[0]) + 1,
         num_windows=len(items),
         num_documents=len(np.unique(documents)),
         num_tokens=int(num_tokens.sum()),
@@ -216,11 +257,32 @@ def summarize(items: Any, evaluation: Evaluation, *, seed: int) -> QualitySummar
     )
 
 
-def _mean_kl(column: dict[str, Any], *, seed: int) -> Estimate:
+def measured(summary: QualitySummary) -> dict[str, Measured]:
+    """What a summary says of each metric."""
+    increase, bits = summary.bits_per_byte_increase, summary.original_bits_per_byte
+    return {
+        "perplexity": Measured(
+            value=summary.perplexity,
+            original=summary.original_perplexity,
+            degradation=summary.perplexity_increase,
+            degradation_percent=summary.perplexity_increase_percent,
+        ),
+        "bits_per_byte": Measured(
+            value=summary.bits_per_byte,
+            original=bits,
+            degradation=increase,
+            degradation_percent=scaled(increase, 100 / bits),
+        ),
+        "top1_agreement": Measured(value=summary.top1_agreement),
+        "kl_nats": Measured(value=summary.kl_nats),
+    }
+
+
+def _mean_kl(column: dict[str, Any], **how: Any) -> Estimate:
     """Mean KL over positions; documents where no position was drawn have no say."""
     drawn = column["num_kl_positions"] > 0
     return bootstrap_ratio_of_sums(
-        column["kl_sum"][drawn], column["num_kl_positions"][drawn], column["document"][drawn], seed=seed
+        column["kl_sum"][drawn], column["num_kl_positions"][drawn], column["document"][drawn], **how
     )
 
 

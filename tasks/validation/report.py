@@ -17,10 +17,10 @@ from rich.text import Text
 
 from tasks.validation import charts
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
-from tasks.validation.limits import Check, Judgement
 from tasks.validation.pareto import pareto_front
 from tasks.validation.quality import QualitySummary, ReferenceSummary
 from tasks.validation.statistics import Estimate
+from tasks.validation.verdicts import Check, Judgement
 
 TEMPLATE = "report.html.j2"
 
@@ -201,7 +201,7 @@ def lines(data: ReportData) -> list[Line]:
         )
         for row in data.rows
     ]
-    order = {"": 0, "ACCEPT": 1, "INCONCLUSIVE": 2, "REJECT": 3}
+    order = {"": 0, "ACCEPT": 1, "ANOMALOUS": 2, "INCONCLUSIVE": 3, "REJECT": 4}
     rows.sort(key=lambda line: (order[line.verdict], line.row.name != data.winner))
     everything = [original, *rows]
     figures = [line.figures() for line in everything]
@@ -225,10 +225,12 @@ def headline(data: ReportData) -> Headline:
     judged = [row for row in data.rows if row.judgement]
     if data.winner is None:
         verdicts = [row.judgement.verdict for row in judged if row.judgement]
-        rejected, open_ones = verdicts.count("REJECT"), verdicts.count("INCONCLUSIVE")
+        rejected, odd, open_ones = (verdicts.count(name) for name in ("REJECT", "ANOMALOUS", "INCONCLUSIVE"))
+        beside = f" {odd} too good to be true," if odd else ""
         return Headline(
-            verdict="INCONCLUSIVE" if open_ones else "REJECT",
-            sentence=f"No candidate was accepted: {rejected} rejected, {open_ones} not decided by what was measured.",
+            verdict="ANOMALOUS" if odd else "INCONCLUSIVE" if open_ones else "REJECT",
+            sentence=f"No candidate was accepted: {rejected} rejected,{beside} {open_ones} not decided by what was "
+            "measured.",
         )
     row = next(row for row in data.rows if row.name == data.winner)
     times_smaller = data.original_size_bytes / row.size_bytes
@@ -351,7 +353,7 @@ def terminal_table(data: ReportData) -> Table:
         table.add_column(f"tokens/s\nbatch {batch_size}", justify="right", no_wrap=True)
     table.add_column("peak\nMiB", justify="right", no_wrap=True)
     table.add_column("verdict", min_width=len("INCONCLUSIVE"))
-    styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow"}
+    styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "magenta"}
     for line in lines(data):
         speed, quality = line.speed, line.row.quality
         rates = [line.tokens_per_s(batch_size) for batch_size in batch_sizes]

@@ -97,4 +97,4 @@ def measure_tpot(
 
 def _tpot_ms(speed: SpeedSummary, name: str) -> float:
     """The median, by way of the ratio to the original: subjects of other groups ran while the machine was another."""
-    return speed.subjects[name].tpot_ratio_to_original.value * speed.subjects[ORIGINAL].tpot_ms.p50.value
+    return speed.subjects[name].tpot_ratios_to_original["p50"].value * speed.subjects[ORIGINAL].tpot_ms.p50.value

@@ -19,7 +19,7 @@ RECIPE = {
     "data": {"sequence_length": 64, "evaluation_window": 64, "num_calibration_sequences": 4},
     "candidates": {"int8": {"quantization": {"method": "rtn", "weights": {"bits": 8}}}},
     "engines": [{"engine": "onnxruntime", "precision": "float32"}],
-    "validation": {"speed": None, "limits": {"perplexity": {"max_increase_percent": 1}}},
+    "validation": {"speed": None, "limits": {"perplexity": {"max_degradation_percent": 1}}},
 }
 
 

@@ -122,9 +122,43 @@ def test_training_after_quantization_without_quantization_is_refused():
     assert "`quantization_training` trains a quantized model; add `quantization`" in text
 
 
+def limits_refused(limits: dict, **validation) -> str:
+    return refusal(changed(validation={"limits": limits, **validation}))
+
+
 def test_a_limit_on_what_is_not_measured_is_refused():
-    text = refusal(changed(validation={"speed": None, "limits": {"tpot_ms": {"max": 10}}}))
-    assert "limits.tpot_ms needs measured speed" in text
+    text = limits_refused({"tpot_ms": {"max": 10}}, speed=None)
+    assert "limits.tpot_ms needs validation.speed, which does not measure it here. Set it, or drop the limit." in text
+    assert "never_slower_than needs measured speed" in limits_refused({"never_slower_than": ["original"]}, speed=None)
+
+
+def test_a_limit_on_an_unknown_metric_names_the_nearest_and_what_is_measured():
+    text = limits_refused({"perplexty": {"max": 10}}, speed=None)
+    assert "there is no such metric. Did you mean 'perplexity'? This recipe measures: bits_per_byte, kl_nats" in text
+    assert "tpot_ms" not in text
+
+
+def test_an_option_that_limits_do_not_have_names_the_allowed_ones():
+    for goals in ({"max_increase_percent": 3}, [{"max_increase_percent": 3}]):
+        text = limits_refused({"perplexity": goals})
+        assert "max_increase_percent: there is no such option." in text
+        assert "Allowed: batch_size, max, max_degradation, max_degradation_percent" in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        ({"never_slower_than": "original"}, False),
+        ({"perplexity": {"max_increase_percent": 3}}, False),
+        ({"perplexty": {"max": 3}}, False),
+        ({"perplexity": 3}, False),
+        ({"perplexity": {"max_degradation_percent": 3}, "never_slower_than": ["original"]}, True),
+        ({"throughput_tokens_per_s": [{"min": 50}, {"min": 90, "batch_size": 8}]}, True),
+    ],
+)
+def test_the_schema_knows_every_metric_and_every_kind_of_limit(limits, what):
+    content = changed(validation={"limits": limits})
+    assert Draft202012Validator(Recipe.model_json_schema()).is_valid(content) == what
 
 
 def test_registering_without_limits_is_refused():

@@ -43,8 +43,8 @@ def test_fields_change_source_engines_limits_and_name(built):
     )
     assert recipe.source == "./mine"
     assert [engine.engine for engine in recipe.engines] == ["openvino"]
-    assert recipe.validation.limits.perplexity.max_increase_percent == 1.5
-    assert recipe.validation.limits.never_slower_than is None
+    assert recipe.validation.limits.by_metric()["perplexity"][0].max_degradation_percent == 1.5
+    assert recipe.validation.limits.never_slower_than == ()
     assert recipe.register_as == "mine"
 
 

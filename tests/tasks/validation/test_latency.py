@@ -88,8 +88,8 @@ def test_a_subject_is_compared_with_the_original_and_its_baseline():
     subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
     summary = summarize([group], subjects, OPTIONS, LIMITS, threads=2, elapsed_s=1)
     int8 = summary.subjects["int8"]
-    assert int8.tpot_ratio_to_original.value == pytest.approx(0.25, rel=0.05)
-    assert int8.ttft_ratio_to_original.low < 1 < int8.ttft_ratio_to_original.high
+    assert int8.tpot_ratios_to_original["p50"].value == pytest.approx(0.25, rel=0.05)
+    assert int8.ttft_ratios_to_original["p50"].low < 1 < int8.ttft_ratios_to_original["p50"].high
     # end of request: 0.1 + 4 x 0.04 = 0.26 s, 0.18 s, 0.14 s
     assert int8.throughput[1].ratio_to_original.value == pytest.approx(0.26 / 0.14, rel=0.03)
     assert int8.throughput[1].ratio_to_baseline.value == pytest.approx(0.18 / 0.14, rel=0.03)

@@ -5,8 +5,11 @@ import pytest
 from rich.console import Console
 
 from tasks.validation.latency import Speed, Subject, Timings, summarize
-from tasks.validation.limits import Limits, judge
-from tasks.validation.quality import QualitySummary, ReferenceSummary
+from tasks.validation.latency import measured as measured_speed
+from tasks.validation.limits import Limits
+from tasks.validation.metrics import by_name
+from tasks.validation.quality import Quality, QualitySummary, ReferenceSummary
+from tasks.validation.quality import measured as measured_quality
 from tasks.validation.report import (
     Curve,
     DataSet,
@@ -25,8 +28,10 @@ from tasks.validation.report import (
     terminal_table,
 )
 from tasks.validation.statistics import Estimate, exactly
+from tasks.validation.verdicts import judge
 
-LIMITS = Limits.model_validate({"perplexity": {"max_increase_percent": 3}, "never_slower_than": "original"})
+LIMITS = Limits.model_validate({"perplexity": {"max_degradation_percent": 3}, "never_slower_than": ["original"]})
+METRICS = by_name([*Quality().metrics(), *Speed().metrics()])
 MIB = 2**20
 
 
@@ -40,7 +45,10 @@ def quality(increase: float) -> QualitySummary:
         perplexity=exactly(26 * (1 + increase / 100)),
         perplexity_increase_percent=Estimate(value=increase, low=increase - 0.3, high=increase + 0.3),
         original_perplexity=26.0,
+        perplexity_increase=exactly(0.26 * increase),
         bits_per_byte=exactly(1.0),
+        bits_per_byte_increase=exactly(0.0),
+        original_bits_per_byte=1.0,
         top1_agreement=Estimate(value=0.972, low=0.968, high=0.976),
         kl_nats=exactly(0.004),
         window=512,
@@ -60,7 +68,7 @@ def data() -> ReportData:
         "int4/openvino": timings(0.07, 0.008),
     }
     subjects = [Subject(name=name, bundle=".") for name in list(group)[2:]]
-    speed = summarize([group], subjects, Speed(), threads=2, elapsed_s=60.0)
+    speed = summarize([group], subjects, Speed(), None, threads=2, elapsed_s=60.0)
     rows = []
     for name, increase, size in (("int4/openvino", 5.0, 90 * MIB), ("int8/openvino", 0.6, 140 * MIB)):
         measured = quality(increase)
@@ -73,7 +81,7 @@ def data() -> ReportData:
                 size_bytes=size,
                 quality=measured,
                 parity=Parity(max_abs_error=0.004, top1_agreement=0.999, kl_nats=2e-6),
-                judgement=judge(LIMITS, name, quality=measured, speed=speed, size_bytes=size),
+                judgement=judge(LIMITS, {**measured_quality(measured), **measured_speed(speed, name)}, METRICS),
             )
         )
     rows.append(
@@ -83,7 +91,7 @@ def data() -> ReportData:
             engine="TensorRT float16",
             status="built, not run here",
             size_bytes=100 * MIB,
-            judgement=judge(LIMITS, "int4/tensorrt", quality=None, speed=None, size_bytes=100 * MIB),
+            judgement=judge(LIMITS, {}, METRICS),
         )
     )
     return ReportData(
