@@ -1,6 +1,6 @@
 """Which candidates may be served, and which of them is the best: verdicts from what was measured."""
 
-from flows.pipeline import ORIGINAL, Products
+from flows.pipeline import Products, is_candidate
 from flows.recipe import Recipe
 from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.validation.latency import SpeedSummary
@@ -9,7 +9,7 @@ from tasks.validation.measured import Measured
 from tasks.validation.metrics import measured_size
 from tasks.validation.quality import QualitySummary
 from tasks.validation.quality import measured as measured_quality
-from tasks.validation.verdicts import QUIET, Judgement, judge
+from tasks.validation.verdicts import QUIET, Judgement, failed, judge
 
 
 def speed_of(products: Products) -> SpeedSummary | None:
@@ -35,14 +35,21 @@ def figures_of(products: Products) -> dict[str, dict[str, Measured]]:
 
 
 def judge_candidates(recipe: Recipe, products: Products) -> dict[str, Judgement]:
-    """The verdict on every candidate's engine bundle; the unchanged model in the same engines is not judged."""
+    """The verdict on every candidate in every engine; the unchanged model in the same engines is not judged."""
     speed, metrics = speed_of(products), recipe.validation.metrics()
     noise = speed.noise_factors() if speed else QUIET
-    return {
+    judged = {
         key: judge(recipe.validation.limits, figures, metrics, noise=noise)
         for key, figures in figures_of(products).items()
-        if not key.startswith(f"{ORIGINAL}/")
+        if is_candidate(key)
     }
+    return judged | {key: failed(reason) for key, reason in failures(products).items() if is_candidate(key)}
+
+
+def failures(products: Products) -> dict[str, str]:
+    """Why bundles have no figures, in making them or in measuring them."""
+    speed = speed_of(products)
+    return products.failed | (speed.failed if speed else {})
 
 
 def best(products: Products, judgements: dict[str, Judgement]) -> str | None:

@@ -37,7 +37,8 @@ class Outcome(BaseModel, frozen=True):
         for line in lines(self.data):
             if line.row.name != self.data.winner:
                 continue
-            found["winner.size_bytes"] = float(line.row.size_bytes)
+            if line.row.size_bytes:
+                found["winner.size_bytes"] = float(line.row.size_bytes)
             if line.perplexity:
                 found["winner.perplexity"] = line.perplexity.value
             if line.speed:
@@ -52,10 +53,8 @@ class Outcome(BaseModel, frozen=True):
             verdict = line.row.judgement.verdict if line.row.judgement else line.row.status
             ttft = _cell(line.speed.ttft_ms.p50 if line.speed else None)
             tpot = _cell(line.speed.tpot_ms.p50 if line.speed else None)
-            size_mib = line.row.size_bytes / 2**20
-            rows.append(
-                f"| {line.row.name} | {size_mib:.1f} | {_cell(line.perplexity)} | {ttft} | {tpot} | {verdict} |"
-            )
+            size_mib = f"{line.row.size_bytes / 2**20:.1f}" if line.row.size_bytes else ""
+            rows.append(f"| {line.row.name} | {size_mib} | {_cell(line.perplexity)} | {ttft} | {tpot} | {verdict} |")
         return "\n".join(rows)
 
 

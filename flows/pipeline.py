@@ -5,16 +5,18 @@ run it for real (flows/optimize.py) or only look up whether its result is there 
 looks inside a result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flows.recipe import Candidate, Recipe
+from infra.isolation import StageError
 from infra.tracking import StageResult
 from tasks.checkpoint import fingerprint, import_checkpoint
 from tasks.compile import compile_engine
 from tasks.data import prepare_data
 from tasks.distill import distill, recover
-from tasks.engines import label
+from tasks.engines import Engine, label
 from tasks.prune import prune
 from tasks.quantization import FromSource
 from tasks.quantization.mixed import Mixed
@@ -41,10 +43,18 @@ class Products:
     built_only: dict[str, StageResult] = field(default_factory=dict)
     quality: dict[str, StageResult] = field(default_factory=dict)
     speed: StageResult | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why what has no figures has none, by "candidate/engine"."""
 
 
 def pipeline(recipe: Recipe, run: Run) -> Products:
-    """Make and measure every candidate of `recipe`, and the unchanged model in the same engines beside them."""
+    """Make and measure every candidate of `recipe`, and the unchanged model in the same engines beside them.
+
+    A candidate whose stage fails is left out and noted; the others go on.
+
+    Raises:
+        StageError: what all candidates need failed, or every candidate did.
+    """
     original = run(import_checkpoint, ORIGINAL, source=recipe.source, source_fingerprint=fingerprint(recipe.source))
     data = run(
         prepare_data,
@@ -54,35 +64,69 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
         data_fingerprint=recipe.data.fingerprint(),
         seed=recipe.seed,
     )
-    quality, speed = recipe.validation.quality, recipe.validation.speed
-    reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=quality)
+    speed = recipe.validation.speed
+    reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=recipe.validation.quality)
     products = Products(original, data, reference)
 
+    errors: list[StageError] = []
     for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
-        checkpoint = _compress(name, candidate, recipe, original, data, run)
-        products.checkpoints[name] = checkpoint
         engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
-        for engine in engines:
-            key = f"{name}/{label(engine)}"
-            bundle = run(compile_engine, key, checkpoint=checkpoint, data=data, engine=engine)
-            if not engine.executable:
-                products.built_only[key] = bundle
-                continue
-            products.bundles[key] = bundle
-            products.quality[key] = run(
-                measure_quality, key, bundle=bundle, reference=reference, data=data, options=quality
-            )
-    if speed and products.bundles:
+        keys = {f"{name}/{label(engine)}": engine for engine in engines}
+        with _surviving(products, errors, *keys):
+            products.checkpoints[name] = _compress(name, candidate, recipe, original, data, run)
+        for key, engine in keys.items():
+            if name in products.checkpoints:
+                with _surviving(products, errors, key):
+                    _compile_and_measure(key, products.checkpoints[name], engine, recipe, products, run)
+    if errors and not any(is_candidate(key) for key in {*products.bundles, *products.built_only} - {*products.failed}):
+        raise errors[-1]  # nothing is left that a verdict could be on
+    alive = {key: bundle for key, bundle in products.bundles.items() if key not in products.failed}
+    if speed and alive:
         products.speed = run(
             measure_speed,
             "",
-            bundles=products.bundles,
-            baselines=_baselines(products.bundles),
+            bundles=alive,
+            baselines=baselines(alive),
             original=original,
             data=data,
             options=speed,
         )
     return products
+
+
+def is_candidate(key: str) -> bool:
+    """Whether "candidate/engine" names a candidate, not the unchanged model."""
+    return not key.startswith(f"{ORIGINAL}/")
+
+
+@contextmanager
+def _surviving(products: Products, errors: list[StageError], *keys: str) -> Iterator[None]:
+    """Within, a stage that fails or crashes ends what it was for, and is noted; the others go on."""
+    try:
+        yield
+    except StageError as error:
+        products.failed |= dict.fromkeys(keys, str(error))
+        errors.append(error)
+
+
+def _compile_and_measure(
+    key: str, checkpoint: StageResult, engine: Engine, recipe: Recipe, products: Products, run: Run
+) -> None:
+    """The engine bundle of a checkpoint, and how well it answers."""
+    bundle = run(compile_engine, key, checkpoint=checkpoint, data=products.data, engine=engine)
+    if not engine.executable:
+        products.built_only[key] = bundle
+        return
+    products.bundles[key] = bundle
+    products.quality[key] = run(
+        measure_quality,
+        key,
+        bundle=bundle,
+        reference=products.reference,
+        data=products.data,
+        options=recipe.validation.quality,
+        timeout_s=60 * recipe.validation.max_minutes_per_candidate,
+    )
 
 
 def _compress(
@@ -146,7 +190,7 @@ def _compress(
     return checkpoint
 
 
-def _baselines(bundles: dict[str, StageResult]) -> dict[str, str]:
+def baselines(bundles: dict[str, StageResult]) -> dict[str, str]:
     """For each candidate's bundle, that of the unchanged model in the same engine."""
     found = {key: f"{ORIGINAL}/{key.split('/', 1)[1]}" for key in bundles}
     return {key: baseline for key, baseline in found.items() if baseline in bundles and baseline != key}

@@ -74,6 +74,9 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     quality: Quality = Quality()
     speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
     limits: Limits = Limits()
+    max_minutes_per_candidate: float = Field(
+        120.0, gt=0, description="A candidate whose answers take longer to measure counts as hung, and is rejected."
+    )
 
     def metrics(self) -> dict[str, Metric]:
         """What is measured of every candidate, by name: what `limits` may limit."""

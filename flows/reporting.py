@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from flows.judging import best, quality_of, speed_of
+from flows.judging import best, failures, quality_of, speed_of
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -99,8 +99,10 @@ def description(data: ReportData) -> str:
 
 
 def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], parent: Parent) -> list[Row]:
-    quality = quality_of(products)
-    rows = []
+    quality, failed = quality_of(products), failures(products)
+    rows = [
+        _unmade(recipe, key, judgements) for key in failed if key not in {**products.bundles, **products.built_only}
+    ]
     for key, bundle in {**products.bundles, **products.built_only}.items():
         name, label = key.split("/", 1)
         candidate = recipe.candidates.get(name, Candidate())
@@ -111,7 +113,7 @@ def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], 
                 candidate=name,
                 engine=describe_engine(_engine(recipe, candidate, label)),
                 steps=_steps(candidate, products, name),
-                status=str(bundle.metrics["status"]),
+                status="failed" if key in failed else str(bundle.metrics["status"]),
                 size_bytes=bundle.artifact.size_bytes,
                 quality=quality.get(key),
                 parity=Parity.model_validate({f: parity[f] for f in Parity.model_fields})
@@ -122,6 +124,20 @@ def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], 
             )
         )
     return rows
+
+
+def _unmade(recipe: Recipe, key: str, judgements: dict[str, Judgement]) -> Row:
+    """The row of an engine bundle that does not exist, because making it failed."""
+    name, label = key.split("/", 1)
+    engine = _engine(recipe, recipe.candidates.get(name, Candidate()), label)
+    return Row(
+        name=key,
+        candidate=name,
+        engine=describe_engine(engine),
+        status="failed",
+        size_bytes=None,
+        judgement=judgements.get(key),
+    )
 
 
 def _engine(recipe: Recipe, candidate: Candidate, label: str) -> Engine:

@@ -6,9 +6,11 @@ from typing import Any
 
 from prefect import Task
 from pydantic import BaseModel
+from rich.markup import escape
 
 from infra.artifacts import exists
 from infra.console import console
+from infra.isolation import StageError
 from infra.tracking import Parent, StageResult
 
 
@@ -30,12 +32,20 @@ class Runner:
     records: list[StageRecord] = field(default_factory=list)
 
     def __call__(self, task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> StageResult:
-        """The result of the stage, from the cache if it is there."""
+        """The result of the stage, from the cache if it is there.
+
+        Raises:
+            StageError: it failed or crashed; said on the terminal already.
+        """
         title = f"{label} {task.name}".strip()
         started_at = time.monotonic()
         state = task(**arguments, parent=self.parent, label=label, return_state=True)
         cached = state.name == "Cached"
-        result: StageResult = state.result()
+        try:
+            result: StageResult = state.result()
+        except StageError as error:
+            console.print(f"  [red]failed[/] {title}: {escape(str(error))}", soft_wrap=True)
+            raise
         if not exists(result.artifact):
             console.print(f"  {title}: the files of the earlier result are gone; running the stage again")
             result, cached = task.with_options(refresh_cache=True)(**arguments, parent=self.parent, label=label), False

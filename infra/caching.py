@@ -26,8 +26,9 @@ from infra.settings import settings
 
 ROOT = Path(__file__).parents[1]
 OURS = ("flows", "tasks", "infra")
-NOT_KEYED = ("parent", "label")
-"""Task parameters that say where to record and what to call a run, and change nothing about its result."""
+NOT_KEYED = ("parent", "label", "timeout_s")
+"""Task parameters that say where to record, what to call a run and when to give up, and change nothing about its
+result."""
 
 
 def _source_file(module: str) -> Path | None:

@@ -30,11 +30,15 @@ T = TypeVar("T")
 PRELOADED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto"]
 
 
-class StageFailed(Exception):
+class StageError(Exception):
+    """A stage ended without a result."""
+
+
+class StageFailed(StageError):
     """A stage said what is wrong, in a sentence for the user."""
 
 
-class StageCrashed(Exception):
+class StageCrashed(StageError):
     """A stage died of something it did not foresee; the log holds the rest."""
 
 

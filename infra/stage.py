@@ -33,6 +33,7 @@ def run_stage(
     about: StageResult | None = None,
     is_model: bool = False,
     work_dir: Path | None = None,
+    timeout_s: float | None = None,
 ) -> StageResult:
     """Call the stage function in its own process, publish what it wrote, and record it as a child of `parent`.
 
@@ -47,6 +48,10 @@ def run_stage(
         about: the model that was measured, when the result is a measurement.
         is_model: whether the result is a model, a node of the lineage.
         work_dir: kept when the stage fails or is killed, so that it can go on; removed when it is done.
+        timeout_s: after which it is ended, with all it started; None: never.
+
+    Raises:
+        StageError: it failed, crashed, or took too long.
     """
     out = new_directory()
     if work_dir:
@@ -66,6 +71,7 @@ def run_stage(
                 result=result,
                 log_path=settings().home / "logs" / f"{run.run_id}.log",
                 on_progress=on_progress,
+                timeout_s=timeout_s,
             )
             _log_child(run, settings().home / "logs" / f"{run.run_id}.log")
             done = run.finish(

@@ -55,6 +55,7 @@ def measure_quality(
     data: StageResult,
     options: Quality,
     *,
+    timeout_s: float | None = None,
     parent: Parent,
     label: str = "",
 ) -> StageResult:
@@ -76,6 +77,7 @@ def measure_quality(
         kind="measurement",
         about=bundle,
         label=label,
+        timeout_s=timeout_s,
     )
 
 

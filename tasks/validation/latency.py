@@ -176,6 +176,9 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     """All subjects, the original among them under the name "original"."""
 
     subjects: dict[str, SubjectSpeed]
+    failed: dict[str, str] = Field(
+        {}, description="Subjects that crashed, hung or could not be loaded, and why, in a sentence; none is measured."
+    )
     control: Control
     noisy: bool
     noise: str = Field(description="What the control says about the machine, in a sentence.")

@@ -41,7 +41,7 @@ class Row(BaseModel, frozen=True, extra="forbid"):
     engine: str = Field(description="As people read it, precision included.")
     steps: str = Field("", description="What was done to the model: '22 of 30 layers, W8 per channel'.")
     status: str = Field("run", description="'run', or why it was not: 'built, not run here'.")
-    size_bytes: int
+    size_bytes: int | None = Field(description="None: it could not be made.")
     quality: QualitySummary | None = None
     parity: Parity | None = None
     judgement: Judgement | None = Field(None, description="None: a baseline, which is not judged.")
@@ -233,6 +233,7 @@ def headline(data: ReportData) -> Headline:
             "measured.",
         )
     row = next(row for row in data.rows if row.name == data.winner)
+    assert row.size_bytes is not None  # what was accepted exists
     times_smaller = data.original_size_bytes / row.size_bytes
     figures = [
         (
@@ -362,7 +363,7 @@ def terminal_table(data: ReportData) -> Table:
             verdict.append(f" {line.row.status}".strip() if not line.verdict else f", {line.row.status}")
         table.add_row(
             Text(("★ " if line.row.name == data.winner else "  ") + (line.row.name + " (PyTorch)" * line.is_original)),
-            number(line.row.size_bytes / 2**20),
+            number(line.row.size_bytes / 2**20) if line.row.size_bytes else "",
             f"{line.perplexity.value:.2f}" if line.perplexity else "",
             f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",
             f"{100 * quality.top1_agreement.value:.1f}" if quality else "",
