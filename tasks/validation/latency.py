@@ -13,8 +13,8 @@ Every prompt is new, so no prefix cache answers.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator
 
 from tasks.calibration.progress import Report, silent
-from tasks.validation.latency_worker import Worker
+from tasks.validation.latency_worker import LatencyWorker
 from tasks.validation.machine import Machine, machine
 from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, figure_name, worsening
 from tasks.validation.statistics import (
@@ -42,6 +42,7 @@ from tasks.validation.statistics import (
     ratio_through_control,
     scaled,
 )
+from tasks.validation.worker import FAILURES
 
 ORIGINAL = "original"
 CONTROL = "original (control)"
@@ -101,6 +102,9 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
         6000,
         ge=1,
         description="Subjects that would exceed this together are measured in groups, each beside the original.",
+    )
+    timeout_s: float = Field(
+        300.0, gt=0, description="A subject that does not answer a request in this time is ended, and the others go on."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of prompts, of the order within blocks, and of the bootstrap.")
 
@@ -244,11 +248,13 @@ def measure_speed(
 ) -> SpeedSummary:
     """Latency, throughput, memory and size of every subject and of the original checkpoint in PyTorch.
 
+    A subject that crashes, hangs or cannot be loaded is ended and named in the summary; the others are measured on.
     Writes repetitions.parquet: every timed batch with the seconds until each of its tokens.
 
     Raises:
-        ValueError: a subject cannot be loaded or cannot read prompts of this length.
-        ChildProcessError: a subject's process died; names it.
+        ValueError: the original cannot be loaded or cannot read prompts of this length.
+        ChildProcessError: the original's process died.
+        TimeoutError: the original did not answer in time.
     """
     started_at = time.monotonic()
     ends_at = started_at + 60 * options.max_minutes
@@ -256,19 +262,33 @@ def measure_speed(
     prompts = Prompts(data, options)
     limits = machine(threads)
     groups: list[dict[str, Timings]] = []
+    failed: dict[str, str] = {}
     waiting = list(subjects)
     while waiting or not groups:
         with ExitStack() as stack:
-            running = _start_group(stack, waiting, original, prompts, options, threads, group=len(groups))
-            left = [subject for subject in waiting if subject.name not in running]
+            running = _start_group(stack, waiting, original, prompts, options, threads, failed, group=len(groups))
+            left = [subject for subject in waiting if subject.name not in running and subject.name not in failed]
             share = 1 - len(left) / max(1, len(waiting))
             now = time.monotonic()
             deadline = now + share * max(0.0, ends_at - now)
-            _measure_blocks(running, prompts, options, deadline, report, num_before=len(groups), more=bool(left))
-            groups.append({name: _finished(worker, timing) for name, (worker, timing) in running.items()})
+            _measure_blocks(
+                running, prompts, options, deadline, failed, report, num_before=len(groups), more=bool(left)
+            )
+            for name, (worker, timing) in list(running.items()):
+                with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
+                    _finish(worker, timing)
+                if name in failed:
+                    del running[name]
+            groups.append({name: timing for name, (_, timing) in running.items()})
             waiting = left
     _write_repetitions(groups, out / "repetitions.parquet")
-    return summarize(groups, subjects, options, limits, threads=threads, elapsed_s=time.monotonic() - started_at)
+    elapsed_s = time.monotonic() - started_at
+    summary = summarize(groups, subjects, options, threads=threads, elapsed_s=elapsed_s)
+    return summary.model_copy(update={"failed": failed, "machine": limits})
+
+
+Running = dict[str, tuple[LatencyWorker, Timings]]
+"""Subjects that are loaded, by name."""
 
 
 class Prompts:
@@ -308,18 +328,27 @@ def _start_group(
     prompts: Prompts,
     options: Speed,
     threads: int,
+    failed: dict[str, str],
     *,
     group: int,
-) -> dict[str, tuple[Worker, Timings]]:
-    """The original, its control, and as many waiting subjects as memory takes (at least one), loaded and warm."""
-    running: dict[str, tuple[Worker, Timings]] = {}
+) -> Running:
+    """The original, its control, and as many waiting subjects as memory takes (at least one), loaded and warm.
+
+    Args:
+        failed: receives the subjects that cannot be loaded, or fail when they are warmed up, and why.
+    """
+    running: Running = {}
     memory_mib = 0.0
     twice = [(ORIGINAL, original, True), (CONTROL, original, True)]
     for name, path, is_original in [*twice, *((subject.name, subject.bundle, False) for subject in waiting)]:
-        worker = stack.enter_context(closing(Worker(name, threads=threads)))
-        load_s = worker.load(path, original=is_original)
-        _warm_up(worker, prompts, options)
-        memory_mib += worker.memory_mib().now
+        worker = stack.enter_context(closing(LatencyWorker(name, threads=threads, timeout_s=options.timeout_s)))
+        load_s = 0.0
+        with _noting_failure(worker, failed, is_needed=is_original):
+            load_s = worker.load(path, original=is_original)
+            _warm_up(worker, prompts, options)
+            memory_mib += worker.memory_mib().now
+        if name in failed:
+            continue
         if memory_mib > options.max_memory_mib and len(running) > len(twice):
             worker.close()
             break
@@ -327,7 +356,19 @@ def _start_group(
     return running
 
 
-def _warm_up(worker: Worker, prompts: Prompts, options: Speed) -> None:
+@contextmanager
+def _noting_failure(worker: LatencyWorker, failed: dict[str, str], *, is_needed: bool) -> Iterator[None]:
+    """Ends a subject that fails and writes down why; raises instead where the others cannot do without it."""
+    try:
+        yield
+    except FAILURES as error:
+        worker.close()
+        if is_needed:
+            raise
+        failed[worker.name] = str(error)
+
+
+def _warm_up(worker: LatencyWorker, prompts: Prompts, options: Speed) -> None:
     """One request of full length, and the beginning of one at each larger batch size: engines compile per shape."""
     needed = options.prompt_tokens + options.new_tokens - 1  # the last new token is not read back
     if worker.max_length < needed:
@@ -341,10 +382,11 @@ def _warm_up(worker: Worker, prompts: Prompts, options: Speed) -> None:
 
 
 def _measure_blocks(
-    running: dict[str, tuple[Worker, Timings]],
+    running: Running,
     prompts: Prompts,
     options: Speed,
     deadline: float,
+    failed: dict[str, str],
     report: Report,
     *,
     num_before: int,
@@ -353,6 +395,8 @@ def _measure_blocks(
     """Fills the timings of a group, block by block, until all blocks are done or the deadline passed.
 
     Args:
+        running: loses the subjects that fail.
+        failed: receives them, and why.
         num_before: groups before this one.
         more: whether another group follows; how many do shows only when memory is full again.
     """
@@ -367,7 +411,10 @@ def _measure_blocks(
             for name in rng.permutation([name for name in running if batch_size == 1 or name != CONTROL]):
                 worker, timing = running[str(name)]
                 time.sleep(SETTLE_S)
-                timing.batches.setdefault(batch_size, []).append(worker.generate(input_ids, options.new_tokens))
+                with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
+                    timing.batches.setdefault(batch_size, []).append(worker.generate(input_ids, options.new_tokens))
+                if name in failed:
+                    del running[str(name)]
         step = num_before * options.num_blocks + block + 1
         report(
             step,
@@ -376,10 +423,9 @@ def _measure_blocks(
         )
 
 
-def _finished(worker: Worker, timing: Timings) -> Timings:
+def _finish(worker: LatencyWorker, timing: Timings) -> None:
     timing.peak_memory_mib = worker.memory_mib().peak
     timing.idle_s, timing.idle_cpu_s = worker.idle_s, worker.idle_cpu_s
-    return timing
 
 
 def size_bytes(path: Path) -> int:
@@ -404,7 +450,6 @@ def summarize(
     groups: Sequence[dict[str, Timings]],
     subjects: Sequence[Subject],
     options: Speed,
-    limits: Machine | None,
     *,
     threads: int,
     elapsed_s: float,
@@ -417,7 +462,6 @@ def summarize(
             its own figures; a subject is compared with the blocks of its own group.
         subjects: for their baselines.
         options: as measured.
-        limits: of the machine; None: not measured.
         threads: of every engine.
         elapsed_s: of the whole measurement.
         confidence: of the intervals.
@@ -472,7 +516,6 @@ def summarize(
         num_blocks=min(len(timing.batches[1]) for timings in groups for timing in timings.values()),
         num_groups=len(groups),
         elapsed_s=elapsed_s,
-        machine=limits,
     )
 
 

@@ -77,6 +77,8 @@ def measure_tpot(
             out=out,
             report=lambda step, total, figures: report(len(kinds) + step, len(kinds) + total, figures),
         )
+    for reason in speed.failed.values():
+        raise ValueError(f"A choice's time per token could not be measured. {reason}")
     measured = {pair: _tpot_ms(speed, bundles[kind].name) for pair, kind in pairs.items()}
     times = TokenTimes(
         engine=label(engine),

@@ -2,6 +2,21 @@ from pathlib import Path
 
 import pytest
 
+from tasks.validation import latency
+from tasks.validation.machine import Machine
+
+LIMITS = Machine(
+    threads=1,
+    read_bytes_per_s={10**7: 2e10, 10**8: 1e10},
+    operations_per_s={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11},
+)
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes seconds, and test_machine.py does it."""
+    monkeypatch.setattr(latency, "machine", lambda threads: LIMITS)
+
 
 @pytest.fixture(scope="session")
 def small_data(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,15 +23,9 @@ from tasks.validation.latency import (
     measure_speed,
     summarize,
 )
-from tasks.validation.latency_worker import Worker
-from tasks.validation.machine import Machine
+from tasks.validation.latency_worker import LatencyWorker
 from tasks.validation.statistics import Estimate
 
-LIMITS = Machine(
-    threads=2,
-    read_bytes_per_s={10**7: 2e10, 10**8: 1e10},
-    operations_per_s={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11},
-)
 OPTIONS = Speed(prompt_tokens=16, new_tokens=5, batch_sizes=(1, 2), num_blocks=4, num_batch_blocks=2)
 
 
@@ -86,7 +80,7 @@ def test_a_subject_is_compared_with_the_original_and_its_baseline():
         "int8": timings(0.1, 0.01, seed=3),
     }
     subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
-    summary = summarize([group], subjects, OPTIONS, LIMITS, threads=2, elapsed_s=1)
+    summary = summarize([group], subjects, OPTIONS, threads=2, elapsed_s=1)
     int8 = summary.subjects["int8"]
     assert int8.tpot_ratios_to_original["p50"].value == pytest.approx(0.25, rel=0.05)
     assert int8.ttft_ratios_to_original["p50"].low < 1 < int8.ttft_ratios_to_original["p50"].high
@@ -108,7 +102,7 @@ def test_a_baseline_of_another_group_is_compared_through_the_original_of_each():
         "int8": timings(slow * 0.1, slow * 0.01, seed=2, group=1),
     }
     subjects = [Subject(name="float", bundle=Path("f")), Subject(name="int8", bundle=Path("i"), baseline="float")]
-    summary = summarize([first, second], subjects, OPTIONS, LIMITS, threads=2, elapsed_s=1)
+    summary = summarize([first, second], subjects, OPTIONS, threads=2, elapsed_s=1)
     ratio = summary.subjects["int8"].throughput[1].ratio_to_baseline
     assert ratio.low < 0.18 / 0.14 < ratio.high
     assert summary.subjects["int8"].throughput[1].ratio_to_original.value == pytest.approx(0.26 / 0.14, rel=0.03)
@@ -196,7 +190,7 @@ def test_subjects_that_do_not_fit_together_are_measured_in_groups(tiny_checkpoin
 
 
 def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path):
-    worker = Worker("broken/onnxruntime", threads=1)
+    worker = LatencyWorker("broken/onnxruntime", threads=1)
     try:
         with pytest.raises(ValueError, match="speed of 'broken/onnxruntime' cannot be measured"):
             worker.load(tmp_path, original=False)
@@ -230,7 +224,7 @@ def test_subjects_need_names_of_their_own(small_data, tmp_path):
 
 
 def test_a_process_that_is_killed_is_named_with_the_likely_reason(tiny_bundle):
-    worker = Worker("int8/onnxruntime", threads=1)
+    worker = LatencyWorker("int8/onnxruntime", threads=1)
     try:
         worker.load(tiny_bundle, original=False)
         os.kill(worker.pid, signal.SIGKILL)
@@ -241,7 +235,7 @@ def test_a_process_that_is_killed_is_named_with_the_likely_reason(tiny_bundle):
 
 
 def test_an_idle_subject_burns_no_cpu(tiny_bundle):
-    worker = Worker("idle", threads=2)
+    worker = LatencyWorker("idle", threads=2)
     try:
         worker.load(tiny_bundle, original=False)
         worker.generate(np.ones((1, 16), np.int64), 8)
@@ -262,8 +256,8 @@ def test_subjects_end_when_their_parent_is_killed():
             textwrap.dedent(
                 """
                 import sys, time
-                from tasks.validation.latency_worker import Worker
-                print(Worker("orphan", threads=1).pid, flush=True)
+                from tasks.validation.latency_worker import LatencyWorker
+                print(LatencyWorker("orphan", threads=1).pid, flush=True)
                 time.sleep(60)
                 """
             ),
