@@ -23,7 +23,7 @@ from tasks.quantization.mixed import Mixed
 from tasks.quantize import quantize, train_quantized
 from tasks.sensitivity import measure_sensitivity
 from tasks.tpot import measure_tpot
-from tasks.validate import measure_quality, measure_reference, measure_speed
+from tasks.validate import measure_load, measure_quality, measure_reference, measure_speed
 
 Run = Callable[..., StageResult]
 """run(task, label, **arguments) -> the stage's result; `label` names the candidate for people."""
@@ -43,6 +43,7 @@ class Products:
     built_only: dict[str, StageResult] = field(default_factory=dict)
     quality: dict[str, StageResult] = field(default_factory=dict)
     speed: StageResult | None = None
+    load: StageResult | None = None
     failed: dict[str, str] = field(default_factory=dict)
     """Why what has no figures has none, by "candidate/engine"."""
 
@@ -91,6 +92,8 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
             data=data,
             options=speed,
         )
+    if recipe.validation.load and alive:
+        products.load = run(measure_load, "", bundles=alive, data=data, options=recipe.validation.load)
     return products
 
 

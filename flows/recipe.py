@@ -21,7 +21,7 @@ from tasks.pruning import PruningMethod
 from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.training import QuantizationTraining
-from tasks.validation import Limits, Quality, Speed, unmeasurable
+from tasks.validation import Limits, Load, Price, Quality, Speed, unmeasurable
 from tasks.validation.measured import Metric
 from tasks.validation.metrics import SIZE_METRICS, by_name
 
@@ -73,6 +73,8 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
 
     quality: Quality = Quality()
     speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
+    load: Load | None = Field(None, description="null: no engine is put under load.")
+    price_per_hour: Price | None = Field(None, description="Of the machine; null: no cost per token.")
     limits: Limits = Limits()
     max_minutes_per_candidate: float = Field(
         120.0, gt=0, description="A candidate whose answers take longer to measure counts as hung, and is rejected."
@@ -80,8 +82,16 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
 
     def metrics(self) -> dict[str, Metric]:
         """What is measured of every candidate, by name: what `limits` may limit."""
-        options = [self.quality, self.speed]
-        return by_name([*SIZE_METRICS, *(metric for each in options if each for metric in each.metrics())])
+        options = [self.quality, self.speed, self.load]
+        found = by_name([*SIZE_METRICS, *(metric for each in options if each for metric in each.metrics())])
+        costs = self.price_per_hour.metrics(found) if self.price_per_hour else ()
+        return by_name([*found.values(), *costs])
+
+    @model_validator(mode="after")
+    def _price_is_used(self) -> "Validation":
+        if self.price_per_hour and not self.speed and not self.load:
+            raise ValueError("`price_per_hour` needs a measured throughput; give `speed` or `load`, or drop the price.")
+        return self
 
     @model_validator(mode="after")
     def _metrics_differ(self) -> "Validation":

@@ -7,8 +7,9 @@ from infra.settings import settings
 from infra.stage import run_stage
 from infra.tracking import Parent, StageResult
 from tasks.compile import LIBRARIES
-from tasks.validation import Quality, Speed
+from tasks.validation import Load, Quality, Speed
 from tasks.validation.latency import SpeedSummary, Subject
+from tasks.validation.load import LoadSummary
 from tasks.validation.quality import QualitySummary, ReferenceSummary
 
 
@@ -120,6 +121,35 @@ def measure_speed(
         },
         params={"speed": options, "subjects": ", ".join(bundles)},
         result=SpeedSummary,
+        kind="measurement",
+        label=label,
+    )
+
+
+@task(
+    name="measure-load",
+    task_run_name="measure-load",
+    cache_policy=stage_policy("tasks.validation.load", *LIBRARIES, measured=True),
+    persist_result=True,
+    result_serializer="json",
+)
+def measure_load(
+    bundles: dict[str, StageResult], data: StageResult, options: Load, *, parent: Parent, label: str = ""
+) -> StageResult:
+    """Every bundle, served to many users at a time: throughput, latency and goodput by the level of load."""
+    return run_stage(
+        "load",
+        "tasks.validation.load:measure_load",
+        parent=parent,
+        inputs=[*bundles.values(), data],
+        arguments={
+            "subjects": [Subject(name=name, bundle=bundle.artifact.path) for name, bundle in bundles.items()],
+            "data": data.artifact.path,
+            "options": options,
+            "threads": settings().num_threads,
+        },
+        params={"load": options, "subjects": ", ".join(bundles)},
+        result=LoadSummary,
         kind="measurement",
         label=label,
     )

@@ -74,8 +74,12 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, **command: Any) -> dict[str, Any]:
+    def ask(self, *, extra_s: float = 0.0, **command: Any) -> dict[str, Any]:
         """The answer to a command.
+
+        Args:
+            extra_s: added to the time it may take.
+            command: anything that JSON holds.
 
         Raises:
             ValueError: the subject refused, in its own words.
@@ -87,7 +91,7 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._read_line()
+            line = self._read_line(extra_s)
         except BrokenPipeError:
             line = b""
         if not line:
@@ -131,15 +135,16 @@ class Worker:
                 self._process.kill()
         self._process.wait()
 
-    def _read_line(self) -> bytes:
+    def _read_line(self, extra_s: float) -> bytes:
         """The next line; "" at the end of what the child writes."""
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        limit_s = None if self._timeout_s is None else self._timeout_s + extra_s
+        deadline = None if limit_s is None else time.monotonic() + limit_s
         while b"\n" not in self._received:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._answers_fd], [], [], left_s)[0]:
                 self._kill()
                 raise TimeoutError(
-                    f"{self.name!r} did not answer within {self._timeout_s:g} s while its speed was measured, and its "
+                    f"{self.name!r} did not answer within {limit_s:g} s while its speed was measured, and its "
                     "process group was ended. Raise timeout_s if it needs longer."
                 )
             received = os.read(self._answers_fd, 1 << 16)
