@@ -98,7 +98,14 @@ def obstacles(recipe: Recipe) -> list[str]:
     """Why this machine cannot run the recipe at all; empty when it can."""
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
     missing = [reason for engine in engines.values() if (reason := engine.missing())]
+    missing += [f"validation.tasks.{name}: {why}" for name, why in _missing_benchmarks(recipe).items()]
     return missing + _unmeasurable_budgets(recipe) + source_obstacles(recipe)
+
+
+def _missing_benchmarks(recipe: Recipe) -> dict[str, str]:
+    """Why this machine cannot measure some of the tasks, by name."""
+    found = {name: benchmark.missing() for name, benchmark in recipe.validation.tasks.items()}
+    return {name: why for name, why in found.items() if why}
 
 
 def _unmeasurable_budgets(recipe: Recipe) -> list[str]:

@@ -5,6 +5,8 @@ from flows.recipe import Recipe
 from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.validation import Price
 from tasks.validation.cost import measured as measured_cost
+from tasks.validation.benchmarks.measuring import BenchmarkSummary
+from tasks.validation.benchmarks.measuring import measured as measured_benchmark
 from tasks.validation.latency import SpeedSummary
 from tasks.validation.latency import measured as measured_speed
 from tasks.validation.load import LoadSummary
@@ -39,6 +41,8 @@ def figures_of(products: Products, price: Price | None = None) -> dict[str, dict
     for key, bundle in products.bundles.items():
         found[key] = measured_size(bundle.artifact.size_bytes, original_size)
         found[key] |= measured_quality(quality[key]) if key in quality else {}
+        for name, stage in products.benchmarks.get(key, {}).items():
+            found[key] |= measured_benchmark(name, BenchmarkSummary.model_validate(stage.metrics))
         found[key] |= measured_speed(speed, key) if speed else {}
         found[key] |= measured_load(load, key) if load else {}
         found[key] |= measured_cost(price, found[key]) if price else {}

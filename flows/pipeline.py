@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from flows.recipe import Candidate, Recipe
 from infra.isolation import StageError
 from infra.tracking import StageResult
+from tasks.benchmark import ask_original, benchmark_fingerprint, measure_benchmark
 from tasks.checkpoint import fingerprint, import_checkpoint
 from tasks.compile import compile_engine
 from tasks.data import prepare_data
@@ -42,6 +43,10 @@ class Products:
     bundles: dict[str, StageResult] = field(default_factory=dict)
     built_only: dict[str, StageResult] = field(default_factory=dict)
     quality: dict[str, StageResult] = field(default_factory=dict)
+    answers: dict[str, StageResult] = field(default_factory=dict)
+    """The original's, by the name of the recipe's task."""
+    benchmarks: dict[str, dict[str, StageResult]] = field(default_factory=dict)
+    """By "candidate/engine", then by the name of the recipe's task."""
     speed: StageResult | None = None
     load: StageResult | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -68,6 +73,16 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
     speed = recipe.validation.speed
     reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=recipe.validation.quality)
     products = Products(original, data, reference)
+    products.answers |= {
+        task: run(
+            ask_original,
+            task,
+            checkpoint=original,
+            benchmark=benchmark,
+            data_fingerprint=benchmark_fingerprint(benchmark),
+        )
+        for task, benchmark in recipe.validation.tasks.items()
+    }
 
     errors: list[StageError] = []
     for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
@@ -130,6 +145,17 @@ def _compile_and_measure(
         options=recipe.validation.quality,
         timeout_s=60 * recipe.validation.max_minutes_per_candidate,
     )
+    products.benchmarks[key] = {
+        task: run(
+            measure_benchmark,
+            f"{key} {task}",
+            bundle=bundle,
+            reference=products.answers[task],
+            benchmark=benchmark,
+            timeout_s=60 * recipe.validation.max_minutes_per_candidate,
+        )
+        for task, benchmark in recipe.validation.tasks.items()
+    }
 
 
 def _compress(

@@ -22,6 +22,8 @@ from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.training import QuantizationTraining
 from tasks.validation import Limits, Load, Price, Quality, Speed, unmeasurable
+from tasks.validation.benchmarks import AnyBenchmark
+from tasks.validation.benchmarks.measuring import metrics_of
 from tasks.validation.measured import Metric
 from tasks.validation.metrics import SIZE_METRICS, by_name
 
@@ -75,6 +77,11 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
     load: Load | None = Field(None, description="null: no engine is put under load.")
     price_per_hour: Price | None = Field(None, description="Of the machine; null: no cost per token.")
+    tasks: dict[Name, AnyBenchmark] = Field(
+        {},
+        description="Benchmarks of answers, by name: translation, summarization, questions, classification, code. "
+        "Their metrics are called NAME.METRIC: limits may bound `wmt.chrf`.",
+    )
     limits: Limits = Limits()
     max_minutes_per_candidate: float = Field(
         120.0, gt=0, description="A candidate whose answers take longer to measure counts as hung, and is rejected."
@@ -83,7 +90,9 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     def metrics(self) -> dict[str, Metric]:
         """What is measured of every candidate, by name: what `limits` may limit."""
         options = [self.quality, self.speed, self.load]
-        found = by_name([*SIZE_METRICS, *(metric for each in options if each for metric in each.metrics())])
+        measured = [metric for each in options if each for metric in each.metrics()]
+        measured += [metric for name, benchmark in self.tasks.items() for metric in metrics_of(name, benchmark)]
+        found = by_name([*SIZE_METRICS, *measured])
         costs = self.price_per_hour.metrics(found) if self.price_per_hour else ()
         return by_name([*found.values(), *costs])
 

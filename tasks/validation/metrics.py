@@ -6,7 +6,7 @@ A module that measures adds its `METRICS` to `KNOWN`. Names are unique, and reci
 from collections.abc import Sequence
 from typing import Final
 
-from tasks.validation import cost, latency, load, quality
+from tasks.validation import benchmarks, cost, latency, load, quality
 from tasks.validation.measured import Measured, Metric
 from tasks.validation.statistics import exactly
 
@@ -16,7 +16,8 @@ SIZE_METRICS: Final = (
 )
 
 KNOWN: Final[dict[str, Metric]] = {
-    metric.name: metric for metric in (*quality.METRICS, *latency.METRICS, *load.METRICS, *cost.METRICS, *SIZE_METRICS)
+    metric.name: metric
+    for metric in (*quality.METRICS, *benchmarks.METRICS, *latency.METRICS, *load.METRICS, *cost.METRICS, *SIZE_METRICS)
 }
 """Every metric there is, by name."""
 

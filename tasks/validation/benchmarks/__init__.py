@@ -1,0 +1,30 @@
+"""Benchmarks: what an engine writes or finds likely on items of a task, scored, beside the original's answers."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tasks.validation.benchmarks.classification import Classification
+from tasks.validation.benchmarks.code_generation import CodeGeneration
+from tasks.validation.benchmarks.question_answering import QuestionAnswering
+from tasks.validation.benchmarks.summarization import Summarization
+from tasks.validation.benchmarks.translation import Translation
+
+AnyBenchmark = Annotated[
+    Translation | Summarization | QuestionAnswering | Classification | CodeGeneration, Field(discriminator="task")
+]
+KINDS = (Translation, Summarization, QuestionAnswering, Classification, CodeGeneration)
+
+METRICS = tuple({metric.name: metric for kind in KINDS for metric in kind.METRICS}.values())
+"""Every metric of any benchmark; * stands for the name that a recipe gives it."""
+
+__all__ = [
+    "KINDS",
+    "METRICS",
+    "AnyBenchmark",
+    "Classification",
+    "CodeGeneration",
+    "QuestionAnswering",
+    "Summarization",
+    "Translation",
+]

@@ -1,0 +1,125 @@
+"""What is asked: the original in PyTorch, or a bundle in its engine, as a writer, as a scorer, or as an encoder."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.engines.text import TextGenerator
+from tasks.quantization.exported_checkpoint import ENCODERS, is_exported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tasks.engines.encoder import Encoder
+    from tasks.engines.generation import Session
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be asked."""
+
+    path: Path  # the original's checkpoint, or a bundle
+    threads: int
+    is_original: bool
+
+    @contextmanager
+    def generator(self) -> Iterator[TextGenerator]:
+        """It, ready to write.
+
+        Raises:
+            ValueError: it writes no text.
+        """
+        if self._family in ENCODERS:
+            raise ValueError(
+                f"This task needs a model that writes; {self._family!r} is an encoder. Use task: embeddings."
+            )
+        generator = self._original_generator() if self.is_original else self._bundle_generator()
+        try:
+            yield generator
+        finally:
+            generator.close()
+
+    @contextmanager
+    def session(self) -> Iterator[tuple["Session", "PreTrainedTokenizerBase"]]:
+        """It, ready to give logits, and its tokenizer.
+
+        Raises:
+            ValueError: it is no decoder.
+        """
+        from tasks.calibration.checkpoints import load_tokenizer
+        from tasks.engines.compiling import load_bundle
+        from tasks.engines.pytorch import PyTorch
+
+        if is_exported(self._family):
+            raise ValueError(f"This task needs the likelihood of text, which a decoder gives; got {self._family!r}.")
+        session: Session
+        if self.is_original:
+            session, tokenizer = PyTorch().load(self.path, threads=self.threads), load_tokenizer(self.path)
+        else:
+            session, tokenizer = load_bundle(self.path, threads=self.threads)
+        try:
+            yield session, tokenizer
+        finally:
+            session.close()
+
+    @contextmanager
+    def encoder(self) -> Iterator[tuple["Encoder", "PreTrainedTokenizerBase"]]:
+        """It, ready to encode, and its tokenizer.
+
+        Raises:
+            ValueError: it is no encoder.
+        """
+        from tasks.calibration.checkpoints import load_tokenizer
+
+        if self._family not in ENCODERS:
+            raise ValueError(
+                f"Embeddings need an encoder ({', '.join(ENCODERS)}); got {self._family!r}. Use a task of text instead."
+            )
+        encoder = self._original_encoder() if self.is_original else self._bundle_encoder()
+        try:
+            yield encoder, load_tokenizer(self.path)
+        finally:
+            encoder.close()
+
+    @property
+    def _family(self) -> str:
+        return str(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["model_type"])
+
+    def _original_generator(self) -> TextGenerator:
+        from tasks.calibration.checkpoints import load_tokenizer
+        from tasks.engines.genai_files import end_tokens
+        from tasks.engines.pytorch import PyTorch
+        from tasks.engines.runtimes import SessionRuntime
+
+        if is_exported(self._family):
+            raise ValueError(f"The original must be a decoder for this task; got {self._family!r}.")
+        tokenizer = load_tokenizer(self.path)
+        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        runtime = SessionRuntime(PyTorch().load(self.path, threads=self.threads))
+        return TextGenerator(runtime, tokenizer, end_tokens(self.path) or own)
+
+    def _bundle_generator(self) -> TextGenerator:
+        from tasks.engines.compiling import load_generator
+
+        return load_generator(self.path, threads=self.threads)
+
+    def _original_encoder(self) -> "Encoder":
+        import torch
+
+        from tasks.engines.encoder import PyTorchEncoder
+        from tasks.engines.exported_graph import read_pooling
+        from tasks.quantization.exported_checkpoint import read_checkpoint
+
+        torch.set_num_threads(self.threads)
+        return PyTorchEncoder(read_checkpoint(self.path), read_pooling(self.path))
+
+    def _bundle_encoder(self) -> "Encoder":
+        from tasks.engines.compiling import read_manifest
+        from tasks.engines.exported_bundle import load_for
+
+        session: Any = load_for(self.path, read_manifest(self.path).engine, threads=self.threads)
+        encoder: Encoder = session
+        return encoder
