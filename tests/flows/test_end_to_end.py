@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -62,7 +63,8 @@ def recipe(tiny_checkpoint: Path, **changes) -> dict:
         "engines": [ONNXRUNTIME, {"engine": "openvino", "precision": "float32"}],
         "validation": {
             "speed": {"prompt_tokens": 16, "new_tokens": 8, "batch_sizes": [1, 2], "num_blocks": 6},
-            "limits": {"perplexity": {"max_degradation_percent": 5}},
+            "tasks": {"humaneval": {"task": "code_generation", "num_items": 2, "max_new_tokens": 4, "seed": 1}},
+            "limits": {"perplexity": {"max_degradation_percent": 5}, "humaneval.pass_at_1": {"max_degradation": 1}},
         },
         "register_as": "tiny",
         **changes,
@@ -94,6 +96,17 @@ def test_the_chain_ends_with_a_table_a_report_and_a_registered_version(first):
     assert "models:/tiny@candidate" in first.stdout
     assert "make up" in first.stdout
     assert "Traceback" not in first.stdout + first.stderr
+
+
+def test_programs_that_candidates_wrote_were_run_and_judged(first, home):
+    items = [pd.read_parquet(path) for path in home.glob("artifacts/*/files/items.parquet")]
+    asked = [table for table in items if "outcome" in table]
+    assert len(asked) >= 4
+    assert all(list(table["num_passed"]) == [0, 0] for table in asked)  # a random model writes no programs
+    found = re.search(r"(/\S+\.html)", first.stdout)
+    checks = [check for row in json.loads(Path(found[1]).with_suffix(".json").read_text())["rows"]
+              for check in (row["judgement"] or {"checks": []})["checks"]]  # fmt: skip
+    assert {check["verdict"] for check in checks if check["figure"] == "humaneval.pass_at_1"} == {"ACCEPT"}
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(first):
