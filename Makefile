@@ -6,7 +6,7 @@
 #   ARGS=...                  handed on: make test ARGS="tests/tasks/pruning -x"
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
-EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,benchmarks,demo,test,dev
+EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,benchmarks,lm-eval,demo,test,dev
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin

@@ -13,7 +13,6 @@ from infra.stage import run_stage
 from infra.tracking import Parent, StageResult
 from tasks.compile import LIBRARIES
 from tasks.validation.benchmarks import AnyBenchmark
-from tasks.validation.benchmarks.items import S3, local_file
 from tasks.validation.benchmarks.measuring import BenchmarkSummary, OriginalAnswers
 
 MODULE = "tasks.validation.benchmarks.measuring"
@@ -51,7 +50,7 @@ def ask_original(
             arguments={
                 "checkpoint": checkpoint.artifact.path,
                 "benchmark": benchmark,
-                "data": _local(benchmark.data, download),
+                "data": benchmark.file() or _downloaded(benchmark.data, download),
                 "threads": settings().num_threads,
             },
             params={"benchmark": benchmark, "fingerprint": data_fingerprint},
@@ -101,10 +100,8 @@ def measure_benchmark(
     )
 
 
-def _local(data: str, download: Path) -> Path:
-    """The data file on this machine; what is behind a service is downloaded here."""
-    if not data.startswith(S3):
-        return local_file(data)
+def _downloaded(data: str, download: Path) -> Path:
+    """The data file of an S3 location, so that the algorithm packages need no network."""
     files = [path for path in s3.download(data, download).rglob("*") if path.is_file()]
     if len(files) != 1:
         raise ValueError(f"A benchmark's data are one object; below {data} there are {len(files)}. Name one.")

@@ -8,11 +8,11 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tasks.calibration.progress import Report
 from tasks.engines.text import Sampling
-from tasks.validation.benchmarks.items import S3, Item, draw, fingerprint, read_items
+from tasks.validation.benchmarks.items import S3, Item, draw, fingerprint, local_file, read_items
 from tasks.validation.benchmarks.prompts import encode, fields_of, fill
 from tasks.validation.benchmarks.scores import Score
 from tasks.validation.benchmarks.subjects import Subject
-from tasks.validation.measured import Metric
+from tasks.validation.measured import Better, Metric
 
 ITEMS_AT_ONCE = 16
 
@@ -46,6 +46,10 @@ class Options(BaseModel, frozen=True, extra="forbid"):
     def missing(self) -> str | None:
         """Why this machine cannot measure it; None if it can."""
         return None
+
+    def file(self) -> Path | None:
+        """Where the data lie on this machine; None: they are behind a service."""
+        return None if self.data.startswith(S3) else local_file(self.data)
 
     def data_fingerprint(self) -> str | None:
         """What changes when the data file does; None: it is behind a service."""
@@ -151,6 +155,9 @@ class Benchmark(Protocol):
     def missing(self) -> str | None:
         """Why this machine cannot measure it; None if it can."""
 
+    def file(self) -> Path | None:
+        """Where the data lie on this machine; None: they are behind a service."""
+
     def data_fingerprint(self) -> str | None:
         """What changes when its data do; None: they are behind a service."""
 
@@ -183,13 +190,15 @@ def not_installed(module: str, *, extra: str, task: str) -> str | None:
     )
 
 
-def text_metric(name: str, title: str, *, largest: float = 1.0, compared: bool = True) -> Metric:
-    """A metric of answers: more is better."""
+def text_metric(
+    name: str, title: str, *, largest: float | None = 1.0, compared: bool = True, better: Better = "higher"
+) -> Metric:
+    """A metric of answers."""
     return Metric(
         name=name,
         title=title,
         unit="",
-        better="higher",
+        better=better,
         aspect="quality",
         option="validation.tasks",
         compared=compared,

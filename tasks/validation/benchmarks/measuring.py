@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report, silent
@@ -100,7 +99,7 @@ def measure_benchmark(
                 originals.get(name),
                 documents,
                 better=metrics[name].better,
-                largest=metrics[name].largest or np.inf,
+                largest=metrics[name].largest,
                 seed=benchmark.seed,
             )
             for name, each in scores.items()

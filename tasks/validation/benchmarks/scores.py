@@ -69,7 +69,7 @@ def compare(
     documents: Sequence[int],
     *,
     better: Better,
-    largest: float,
+    largest: float | None,
     seed: int,
 ) -> Measured:
     """A candidate's figure, and how much worse than the original's it is, with their intervals.
@@ -80,7 +80,7 @@ def compare(
         name: of the metric, for errors.
         original: on the same items; None: it has no such figure.
         documents: [num_items], which document each item belongs to.
-        largest: no figure, and no difference of two, is larger.
+        largest: no figure, and no difference of two, is larger; None: it has no bound.
         seed: of the bootstrap.
 
     Raises:
@@ -103,7 +103,7 @@ def compare(
     sign = 1.0 if better == "lower" else -1.0
     # Where no item differs, the interval may be empty. How many may differ among those not asked is bounded anyhow.
     same = bool((candidate.parts == original.parts).all())
-    floor = largest * most_unseen(sums.num_documents) if same else 0.0
+    floor = largest * most_unseen(sums.num_documents) if same and largest else 0.0
     if candidate.is_right_or_wrong and original.is_right_or_wrong and independent:
         paired = paired_proportions(candidate.parts[:, 0] == 1, original.parts[:, 0] == 1)
         loss = _at_least(scaled(paired.difference, sign), floor)
