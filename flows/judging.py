@@ -4,9 +4,9 @@ from flows.pipeline import Products, is_candidate
 from flows.recipe import Recipe
 from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.validation import Price
-from tasks.validation.cost import measured as measured_cost
 from tasks.validation.benchmarks.measuring import BenchmarkSummary
 from tasks.validation.benchmarks.measuring import measured as measured_benchmark
+from tasks.validation.cost import measured as measured_cost
 from tasks.validation.latency import SpeedSummary
 from tasks.validation.latency import measured as measured_speed
 from tasks.validation.load import LoadSummary

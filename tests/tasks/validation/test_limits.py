@@ -32,6 +32,8 @@ def test_every_kind_of_goal_is_read_and_one_metric_may_have_several():
 
 def test_each_metric_that_is_measured_can_be_limited_and_only_those():
     for name, metric in KNOWN.items():
+        if "*" in name:
+            continue  # of a task, whose name the recipe gives
         bound = "max" if metric.better == "lower" else "min"
         assert problems({name: {bound: 0.5}}) == []
         without_speed = problems({name: {bound: 0.5}}, speed=None)
