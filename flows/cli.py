@@ -1,5 +1,6 @@
 """The `slimline` command."""
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make a Transformer language model cheaper to serve, and prove that it still answers well.",
-    epilog="Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 done but nothing was accepted, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 done but nothing was accepted, 4 validated but not "
+    "decided, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +36,7 @@ class Exit(IntEnum):
     FAILED = 1
     BAD_INPUT = 2
     NOTHING_ACCEPTED = 3
+    NOT_DECIDED = 4
     INTERRUPTED = 130
 
 
@@ -78,14 +81,61 @@ def run(
         from flows.outcome import show
         from infra.services import start_inner_server
 
-        for number in (signal.SIGTERM, signal.SIGHUP):  # asked to end from elsewhere: as orderly as by Ctrl-C
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, signal.default_int_handler)
+        _end_orderly()
         start_inner_server()
         outcome = optimize(chosen)
         show(outcome)
     if not outcome.accepted and chosen.validation.limits.metrics():
         raise typer.Exit(Exit.NOTHING_ACCEPTED)
+
+
+@app.command()
+def validate(
+    bundle: Annotated[str, typer.Argument(help="An engine bundle: a directory, or models:/NAME@ALIAS.")],
+    against: Annotated[str, typer.Option(help="Another bundle, or a model: directory, hub id, models:/NAME@ALIAS.")],
+    recipe: Annotated[str | None, typer.Option(help="Whose data, validation and limits to take.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="data.… or validation.… of a recipe, path=value; may be repeated.")
+    ] = None,
+    limits: Annotated[
+        list[str] | None, typer.Option("--limit", help="Short for --set validation.limits.…; may be repeated.")
+    ] = None,
+) -> None:
+    """Measure and judge one bundle against another or a model. Exit code 0: ACCEPT, 3: REJECT, 4: neither."""
+    with _told():
+        _connect()
+        from flows.outcome import show
+        from flows.validating import plan_validation
+        from flows.validating import validate as run_validation
+        from infra.services import start_inner_server
+
+        chosen = [*(options or []), *(f"validation.limits.{limit}" for limit in limits or [])]
+        planned, directory = plan_validation(
+            bundle, against, recipe=_load(recipe, None) if recipe else None, options=chosen
+        )
+        _end_orderly()
+        start_inner_server()
+        words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
+        command = shlex.join([*words, *(word for option in chosen for word in ("--set", option))])
+        outcome = run_validation(planned, bundle, str(directory), command)
+        show(outcome)
+    (verdict,) = (row.judgement.verdict for row in outcome.data.rows if row.judgement)
+    if verdict != "ACCEPT":
+        raise typer.Exit(Exit.NOTHING_ACCEPTED if verdict == "REJECT" else Exit.NOT_DECIDED)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="MLflow run ids, Prefect flow run ids, or names of flow runs.")],
+) -> None:
+    """Draw earlier runs side by side on one page; nothing is measured anew."""
+    with _told():
+        _connect()
+        from flows.comparing import compare as compare_runs
+        from flows.outcome import show_comparison
+
+        data, page = compare_runs(runs)
+        show_comparison(data, page)
 
 
 @app.command()
@@ -315,6 +365,13 @@ def _prepare(*models: str | None) -> None:
         _connect()
     else:
         prepare_environment()
+
+
+def _end_orderly() -> None:
+    """Asked to end from elsewhere: as orderly as by Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
 
 
 def _connect() -> None:

@@ -2,7 +2,6 @@
 
 from flows.pipeline import Products, is_candidate
 from flows.recipe import Recipe
-from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.validation import Price
 from tasks.validation.benchmarks.measuring import BenchmarkSummary
 from tasks.validation.benchmarks.measuring import measured as measured_benchmark
@@ -28,6 +27,11 @@ def load_of(products: Products) -> LoadSummary | None:
     return LoadSummary.model_validate(products.load.metrics) if products.load else None
 
 
+def original_size_bytes(products: Products) -> int:
+    """Of the model that candidates are compared with, a checkpoint or a bundle."""
+    return int(str(products.original.metrics["size_bytes"]))
+
+
 def quality_of(products: Products) -> dict[str, QualitySummary]:
     """What was measured of each engine bundle's answers."""
     return {key: QualitySummary.model_validate(stage.metrics) for key, stage in products.quality.items()}
@@ -36,7 +40,7 @@ def quality_of(products: Products) -> dict[str, QualitySummary]:
 def figures_of(products: Products, price: Price | None = None) -> dict[str, dict[str, Measured]]:
     """What was measured of each engine bundle, whoever measured it, and what it costs at `price`."""
     speed, load, quality = speed_of(products), load_of(products), quality_of(products)
-    original_size = CheckpointSummary.model_validate(products.original.metrics).size_bytes
+    original_size = original_size_bytes(products)
     found = {}
     for key, bundle in products.bundles.items():
         found[key] = measured_size(bundle.artifact.size_bytes, original_size)

@@ -3,17 +3,17 @@
 import time
 
 from prefect import flow
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.check import obstacles
+from flows.diagnosing import diagnose_candidates
 from flows.judging import judge_candidates
 from flows.outcome import Outcome
 from flows.pipeline import pipeline
 from flows.recipe import Recipe
-from flows.reporting import description, publish_report, report_data
+from flows.reporting import description, publish_artifacts, publish_report, report_data
 from flows.running import Runner
 from infra.console import console
-from infra.tracking import end_flow, run_url, start_flow
+from infra.tracking import end_flow, start_flow
 from tasks.register import register
 
 
@@ -36,7 +36,8 @@ def optimize(recipe: Recipe) -> Outcome:
         run = Runner(parent)
         products = pipeline(recipe, run)
         judgements = judge_candidates(recipe, products)
-        found = report_data(recipe, products, judgements, run.records, parent)
+        diagnoses = diagnose_candidates(recipe, products, judgements, run)
+        found = report_data(recipe, products, judgements, diagnoses, run.records, parent)
         version = None
         if found.winner and recipe.register_as:
             version = register(
@@ -52,9 +53,5 @@ def optimize(recipe: Recipe) -> Outcome:
         end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     end_flow(parent, "FINISHED", outcome.metrics())
-    create_link_artifact(key="mlflow-run", link=run_url(parent.run_id, parent.experiment), description="MLflow run")
-    create_link_artifact(
-        key="report", link=outcome.report.as_uri(), link_text=outcome.report.name, description="The whole report"
-    )
-    create_markdown_artifact(key="verdicts", markdown=outcome.markdown(), description="Verdict per candidate")
+    publish_artifacts(outcome, parent)
     return outcome

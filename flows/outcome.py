@@ -62,6 +62,17 @@ def _cell(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.value:.4g}"
 
 
+def show_comparison(data: ReportData, page: Path) -> None:
+    """Print the table of several runs, why they may not be compared, and where the page is."""
+    out = Console(highlight=False)
+    out = Console(highlight=False, width=max(out.width, TABLE_WIDTH))
+    out.print(terminal_table(data))
+    for problem in data.incomparable:
+        out.print(f"not comparable  {problem}", soft_wrap=True, markup=False)
+    out.print(f"report      {page}", soft_wrap=True)
+    out.print(f"figures     {page.with_suffix('.json')}", soft_wrap=True)
+
+
 def show(outcome: Outcome) -> None:
     """Print the table, and where to find the rest."""
     out = Console(highlight=False)

@@ -62,6 +62,25 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
         StageError: what all candidates need failed, or every candidate did.
     """
     original = run(import_checkpoint, ORIGINAL, source=recipe.source, source_fingerprint=fingerprint(recipe.source))
+    products = begin(recipe, original, run)
+    errors: list[StageError] = []
+    for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
+        engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
+        keys = {f"{name}/{label(engine)}": engine for engine in engines}
+        with surviving(products, errors, *keys):
+            products.checkpoints[name] = _compress(name, candidate, recipe, original, products.data, run)
+        for key, engine in keys.items():
+            if name in products.checkpoints:
+                with surviving(products, errors, key):
+                    _compile_and_measure(key, products.checkpoints[name], engine, recipe, products, run)
+    if errors and not any(is_candidate(key) for key in {*products.bundles, *products.built_only} - {*products.failed}):
+        raise errors[-1]  # nothing is left that a verdict could be on
+    measure_together(recipe, products, run)
+    return products
+
+
+def begin(recipe: Recipe, original: StageResult, run: Run) -> Products:
+    """What candidates are compared with: the original's answers on the data."""
     data = run(
         prepare_data,
         "",
@@ -70,7 +89,6 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
         data_fingerprint=recipe.data.fingerprint(),
         seed=recipe.seed,
     )
-    speed = recipe.validation.speed
     reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=recipe.validation.quality)
     products = Products(original, data, reference)
     products.answers |= {
@@ -83,33 +101,24 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
         )
         for task, benchmark in recipe.validation.tasks.items()
     }
+    return products
 
-    errors: list[StageError] = []
-    for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
-        engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
-        keys = {f"{name}/{label(engine)}": engine for engine in engines}
-        with _surviving(products, errors, *keys):
-            products.checkpoints[name] = _compress(name, candidate, recipe, original, data, run)
-        for key, engine in keys.items():
-            if name in products.checkpoints:
-                with _surviving(products, errors, key):
-                    _compile_and_measure(key, products.checkpoints[name], engine, recipe, products, run)
-    if errors and not any(is_candidate(key) for key in {*products.bundles, *products.built_only} - {*products.failed}):
-        raise errors[-1]  # nothing is left that a verdict could be on
+
+def measure_together(recipe: Recipe, products: Products, run: Run) -> None:
+    """Speed and load of every bundle that is there, side by side."""
     alive = {key: bundle for key, bundle in products.bundles.items() if key not in products.failed}
-    if speed and alive:
+    if recipe.validation.speed and alive:
         products.speed = run(
             measure_speed,
             "",
             bundles=alive,
             baselines=baselines(alive),
-            original=original,
-            data=data,
-            options=speed,
+            original=products.original,
+            data=products.data,
+            options=recipe.validation.speed,
         )
     if recipe.validation.load and alive:
-        products.load = run(measure_load, "", bundles=alive, data=data, options=recipe.validation.load)
-    return products
+        products.load = run(measure_load, "", bundles=alive, data=products.data, options=recipe.validation.load)
 
 
 def is_candidate(key: str) -> bool:
@@ -118,7 +127,7 @@ def is_candidate(key: str) -> bool:
 
 
 @contextmanager
-def _surviving(products: Products, errors: list[StageError], *keys: str) -> Iterator[None]:
+def surviving(products: Products, errors: list[StageError], *keys: str) -> Iterator[None]:
     """Within, a stage that fails or crashes ends what it was for, and is noted; the others go on."""
     try:
         yield
@@ -135,6 +144,11 @@ def _compile_and_measure(
     if not engine.executable:
         products.built_only[key] = bundle
         return
+    measure_answers(key, bundle, recipe, products, run)
+
+
+def measure_answers(key: str, bundle: StageResult, recipe: Recipe, products: Products, run: Run) -> None:
+    """How well an engine bundle answers."""
     products.bundles[key] = bundle
     products.quality[key] = run(
         measure_quality,

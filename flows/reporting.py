@@ -1,11 +1,14 @@
 """Tell what a flow run did: the facts for the report page and the description of a registered version."""
 
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, quality_of, speed_of
+from flows.judging import best, failures, figures_of, original_size_bytes, quality_of, speed_of
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -14,28 +17,32 @@ from infra.hardware import hardware, versions
 from infra.registry import Version
 from infra.settings import settings
 from infra.tracking import RECORDED, Parent, StageResult, flow_links, git_commit, link_report, run_url
-from tasks.calibration.checkpoints import CheckpointSummary
 from tasks.calibration.corpora import ROLES
 from tasks.calibration.corpora import describe as describe_corpus
 from tasks.calibration.tokens import load_record
 from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
+from tasks.engines import title as title_of
 from tasks.pruning import Width
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.summary import Choice, QuantizationSummary, QuantizedLayer
+from tasks.validation.card import body, model_card
+from tasks.validation.charts import QUANTILES
+from tasks.validation.diagnosis import Diagnosis
+from tasks.validation.pictures import draw
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import (
     Curve,
     DataSet,
+    Distribution,
     LayerFigures,
     Parity,
     Quantized,
     ReportData,
     Row,
     Stage,
-    headline,
     render,
 )
 from tasks.validation.verdicts import Judgement
@@ -47,6 +54,7 @@ def report_data(
     recipe: Recipe,
     products: Products,
     judgements: dict[str, Judgement],
+    diagnoses: dict[str, Diagnosis],
     records: list[StageRecord],
     parent: Parent,
 ) -> ReportData:
@@ -57,14 +65,16 @@ def report_data(
         source=recipe.source,
         finished_at=datetime.now(UTC),
         elapsed_s=0.0,
-        original_size_bytes=CheckpointSummary.model_validate(products.original.metrics).size_bytes,
+        original_size_bytes=original_size_bytes(products),
         reference=ReferenceSummary.model_validate(products.reference.metrics),
-        rows=tuple(_rows(recipe, products, judgements, parent)),
+        rows=tuple(_rows(recipe, products, judgements, diagnoses, parent)),
         speed=speed_of(products),
+        metrics=recipe.validation.metrics(),
         winner=winner,
         register_note=_why_not_registered(recipe, winner),
         stages=tuple(_stage(record, parent) for record in records),
         curves=tuple(_curves(records)),
+        distributions=tuple(_distributions(products)),
         quantized=tuple(_quantized(records)),
         data_sets=tuple(_data_sets(recipe, products.data)),
         links=flow_links(parent),
@@ -86,20 +96,45 @@ def publish_report(data: ReportData, version: Version | None, parent: Parent, *,
     page = render(data, directory / f"{data.title}-{parent.run_id[:8]}.html")
     figures = page.with_suffix(".json")
     figures.write_text(data.model_dump_json(indent=1))
-    link_report(parent, page, figures)
+    with TemporaryDirectory() as folder:
+        plots, cards = Path(folder) / "plots", Path(folder) / "model-cards"
+        plots.mkdir()
+        cards.mkdir()
+        draw(data, plots)
+        for row in data.rows:
+            if row.judgement:
+                (cards / f"{row.name.replace('/', '-')}.md").write_text(model_card(data, row), encoding="utf-8")
+        folders = {each.name: each for each in (plots, cards) if any(each.iterdir())}
+        link_report(parent, page, figures, folders=folders)
     return Outcome(data=data, version=version, report=page, parent_run_id=parent.run_id)
+
+
+def publish_artifacts(outcome: Outcome, parent: Parent) -> None:
+    """Show the flow run's result on its Prefect page."""
+    create_link_artifact(key="mlflow-run", link=run_url(parent.run_id, parent.experiment), description="MLflow run")
+    create_link_artifact(
+        key="report", link=outcome.report.as_uri(), link_text=outcome.report.name, description="The whole report"
+    )
+    create_markdown_artifact(key="verdicts", markdown=outcome.markdown(), description="Verdict per candidate")
 
 
 def description(data: ReportData) -> str:
     """What a release team reads on the registered version's page, in Markdown."""
-    told = headline(data)
-    checks = next((row.judgement.checks for row in data.rows if row.name == data.winner and row.judgement), ())
-    lines = [f"**{told.verdict}** {told.sentence}", "", *(f"* {check.sentence}" for check in checks)]
-    return "\n".join(lines)
+    return body(data, next(row for row in data.rows if row.name == data.winner))
 
 
-def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], parent: Parent) -> list[Row]:
-    quality, failed = quality_of(products), failures(products)
+def _rows(
+    recipe: Recipe,
+    products: Products,
+    judgements: dict[str, Judgement],
+    diagnoses: dict[str, Diagnosis],
+    parent: Parent,
+) -> list[Row]:
+    quality, figures, failed = (
+        quality_of(products),
+        figures_of(products, recipe.validation.price_per_hour),
+        failures(products),
+    )
     rows = [
         _unmade(recipe, key, judgements) for key in failed if key not in {**products.bundles, **products.built_only}
     ]
@@ -107,11 +142,13 @@ def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], 
         name, label = key.split("/", 1)
         candidate = recipe.candidates.get(name, Candidate())
         parity = bundle.metrics.get("parity")
+        engine = _engine(recipe, candidate, label)
         rows.append(
             Row(
                 name=key,
                 candidate=name,
-                engine=describe_engine(_engine(recipe, candidate, label)),
+                engine=title_of(engine),
+                engine_options=describe_engine(engine),
                 steps=_steps(candidate, products, name),
                 status="failed" if key in failed else str(bundle.metrics["status"]),
                 size_bytes=bundle.artifact.size_bytes,
@@ -119,7 +156,9 @@ def _rows(recipe: Recipe, products: Products, judgements: dict[str, Judgement], 
                 parity=Parity.model_validate({f: parity[f] for f in Parity.model_fields})
                 if isinstance(parity, dict)
                 else None,
+                figures=figures.get(key, {}),
                 judgement=judgements.get(key),
+                diagnosis=diagnoses.get(key),
                 url=run_url(bundle.run_id, parent.experiment),
             )
         )
@@ -133,7 +172,8 @@ def _unmade(recipe: Recipe, key: str, judgements: dict[str, Judgement]) -> Row:
     return Row(
         name=key,
         candidate=name,
-        engine=describe_engine(engine),
+        engine=title_of(engine),
+        engine_options=describe_engine(engine),
         status="failed",
         size_bytes=None,
         judgement=judgements.get(key),
@@ -263,6 +303,28 @@ def _curves(records: list[StageRecord]) -> list[Curve]:
                 steps, values = (tuple(point[name] for point in known) for name in ("num_tokens", metric))
                 curves.append(Curve(title=record.title, metric=title, steps=steps, values=values))
     return curves
+
+
+def _distributions(products: Products) -> list[Distribution]:
+    """Of every timed request at batch size 1, from what the measurement wrote."""
+    if products.speed is None:
+        return []
+    import numpy as np
+    import pandas as pd
+
+    found = []
+    requests = pd.read_parquet(products.speed.artifact.path / "repetitions.parquet")
+    for subject, timed in requests[requests.batch_size == 1].groupby("subject"):
+        chosen = 1000 * np.stack([np.asarray(each, np.float64) for each in timed.chosen_after_s])
+        times = {
+            "ttft_ms": chosen[:, 0],
+            "tpot_ms": (chosen[:, -1] - chosen[:, 0]) / (chosen.shape[1] - 1),
+            "inter_token_ms": np.diff(chosen, axis=1).ravel(),
+        }
+        for metric, values in times.items():
+            spread = np.quantile(values, QUANTILES)
+            found.append(Distribution(subject=str(subject), metric=metric, num=len(values), values=tuple(spread)))
+    return found
 
 
 def _data_sets(recipe: Recipe, data: StageResult) -> list[DataSet]:

@@ -244,6 +244,15 @@ def download(uri: str, out: Path) -> Path:
     return checkpoints[0]
 
 
+def holds_bundle(uri: str) -> bool:
+    """Whether a version was registered by a flow, which registers engine bundles only.
+
+    Raises:
+        ValueError: there is no such version.
+    """
+    return find_version(uri).tags.get("verdict") is not None
+
+
 def download_bundle(uri: str) -> Path:
     """The engine bundle of a registered version, fetched once and kept under the home.
 

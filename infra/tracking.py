@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, JsonValue
@@ -245,12 +246,66 @@ def end_flow(parent: Parent, status: Status, metrics: Mapping[str, Any] | BaseMo
     client().set_terminated(parent.run_id, status)
 
 
-def link_report(parent: Parent, html: Path, figures: Path | None = None) -> None:
-    """Keep the report with the flow's run; MLflow shows the page among the run's artifacts."""
+def link_report(
+    parent: Parent, html: Path, figures: Path | None = None, *, folders: Mapping[str, Path] | None = None
+) -> None:
+    """Keep the report with the flow's run; MLflow shows the page among the run's artifacts.
+
+    Args:
+        figures: its JSON.
+        folders: of files to keep beside it, by the name of their folder there.
+    """
     for file in (html, figures):
         if file:
             client().log_artifact(parent.run_id, str(file))
+    for name, folder in (folders or {}).items():
+        client().log_artifacts(parent.run_id, str(folder), name)
     _set_tags(parent.run_id, {"report": html.name})
+
+
+class FlowRun(BaseModel, frozen=True):
+    """A recorded flow run."""
+
+    run_id: str
+    experiment: str
+    name: str
+    report: str | None
+
+
+def find_flow_run(name: str) -> FlowRun:
+    """The flow run with this MLflow run id, Prefect flow run id or name; of several of a name, the last.
+
+    Raises:
+        ValueError: there is none; the message lists the last ones.
+    """
+    found = _search(experiment_id(), "tags.`slimline.role` = 'flow'")  # the last comes first
+    for run in found:
+        if name in (run.info.run_id, run.info.run_name, run.data.tags.get("prefect.flow_run_id")):
+            return _flow_run(run)
+    known = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in found[:8])
+    raise ValueError(f"MLflow at {tracking_uri()} knows no flow run {name!r}. The last: {known or 'none'}.")
+
+
+def _flow_run(run: "Run") -> FlowRun:
+    return FlowRun(
+        run_id=run.info.run_id,
+        experiment=run.info.experiment_id,
+        name=str(run.info.run_name),
+        report=run.data.tags.get("report"),
+    )
+
+
+def report_figures(run: FlowRun) -> str:
+    """The JSON of a flow run's report.
+
+    Raises:
+        ValueError: the run made no report.
+    """
+    if run.report is None:
+        raise ValueError(f"Flow run {run.run_id} ({run.name}) made no report: it failed, or still runs.")
+    with TemporaryDirectory() as folder:
+        name = str(Path(run.report).with_suffix(".json"))
+        return Path(client().download_artifacts(run.run_id, name, folder)).read_text(encoding="utf-8")
 
 
 def flow_links(parent: Parent) -> dict[str, str]:

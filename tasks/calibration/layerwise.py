@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tasks.calibration.architectures import Architecture
 from tasks.calibration.progress import Report, silent
@@ -278,6 +279,76 @@ def observe_inputs(
             model.base_model(input_ids=input_ids, use_cache=False)
             report(step, len(batches), {})
     return statistics
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """How far a block with other weights is from the original, as parts of the norm of what it adds.
+
+    Each reads what the original's block reads, so that an error is that block's own: ||y' - y|| / ||y - x|| for a
+    block x -> y.
+    """
+
+    name: str
+    whole: float
+    attention: float  # with the other weights in its attention and the norm before it only
+    feed_forward: float  # with those of the rest of the block only
+    accumulated: float  # ||x' - x|| / ||x|| of what the block gives when all blocks before it have the other weights
+
+
+@torch.no_grad()
+def compare_blocks(
+    model: "PreTrainedModel",
+    family: Architecture,
+    input_ids: Tensor,
+    others: Callable[[str], Mapping[str, Tensor]],
+    report: Report = silent,
+) -> list[BlockErrors]:
+    """What other weights change in every block, and on the way through all of them.
+
+    Args:
+        model: the original, not changed.
+        family: where it keeps its blocks.
+        input_ids: [batch, seq] int64, no padding.
+        others: gives the other weights below a module's name, by their names below it; float32, of any width.
+        report: told after every block.
+    """
+    blocks: nn.ModuleList = model.get_submodule(family.blocks)
+    arguments: Arguments = {}
+    (hidden,) = _enter_blocks(model, blocks, [input_ids], InMemory(model), arguments)
+    drifted = hidden
+    found = []
+    for index, block in enumerate(blocks):
+        args, kwargs = arguments[input_ids.shape][index]
+
+        def run(
+            weights: Mapping[str, Tensor], x: Tensor, block: nn.Module = block, given: Any = (args, kwargs)
+        ) -> Tensor:
+            output = functional_call(block, dict(weights), (x, *given[0]), given[1])
+            result: Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        weights = others(family.block(index))
+        halves = (family.attention_module + ".", family.attention_norm + ".")
+        attention = {name: value for name, value in weights.items() if name.startswith(halves)}
+        output, drifted = run({}, hidden), run(weights, drifted)
+        added = (output - hidden).norm()
+
+        def error(weights: Mapping[str, Tensor], x: Tensor = hidden, y: Tensor = output, of: Tensor = added) -> float:
+            return float((run(weights, x) - y).norm() / of)
+
+        found.append(
+            BlockErrors(
+                name=family.block(index),
+                whole=error(weights),
+                attention=error(attention),
+                feed_forward=error({name: value for name, value in weights.items() if name not in attention}),
+                accumulated=float((drifted - output).norm() / output.norm()),
+            )
+        )
+        hidden = output
+        report(index + 1, len(blocks), {})
+    return found
 
 
 def change_inputs_(model: "PreTrainedModel", changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:

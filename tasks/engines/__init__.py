@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tasks.engines.naming import describe, label
+from tasks.engines.naming import describe, label, title
 from tasks.engines.onnxruntime import OnnxRuntime
 from tasks.engines.openvino import OpenVino
 from tasks.engines.pytorch import PyTorch
@@ -16,4 +16,4 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Engine = Annotated[OnnxRuntime | OpenVino | TensorRT, Field(discriminator="engine")]
 
-__all__ = ["Engine", "OnnxRuntime", "OpenVino", "PyTorch", "TensorRT", "describe", "label"]
+__all__ = ["Engine", "OnnxRuntime", "OpenVino", "PyTorch", "TensorRT", "describe", "label", "title"]

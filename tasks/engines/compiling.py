@@ -27,6 +27,7 @@ from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
 from tasks.engines import Engine
 from tasks.engines.blame import first_difference
+from tasks.engines.card import write_card
 from tasks.engines.exported_bundle import (
     EncoderDecoderRuntime,
     ExportedParity,
@@ -133,12 +134,14 @@ def compile_engine(
             facts, parity = compare_bundle(out, checkpoint, engine, ids, threads=threads)
         else:
             facts, parity = _compare(out, checkpoint, data, engine, threads)
+    versions = _versions(LIBRARIES[engine.engine])
+    write_card(out, engine, parity=parity, versions=versions, why_not_run=why_not_run)
     manifest = Manifest(
         engine=engine,
         status="run" if parity else "built, not run here",
         why_not_run=why_not_run,
         facts=facts,
-        versions=_versions(LIBRARIES[engine.engine]),
+        versions=versions,
         processor=_processor(),
         checkpoint_files=_digests(checkpoint),
         files=_digests(out),
@@ -191,7 +194,7 @@ def tune_bundle(*, bundle: Path, num_cores: int, report: Report = silent) -> Tun
     Raises:
         ValueError: see `load_bundle` and `tuning.tune`.
     """
-    manifest = _runnable(bundle, verify=True)
+    manifest = runnable(bundle, verify=True)
     if _is_exported(bundle):
         raise ValueError(f"Settings are searched for decoders; {bundle} holds an encoder or encoder-decoder.")
     windows = _windows(bundle, None, PARITY_LENGTH)
@@ -256,7 +259,16 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
             f"{bundle} holds an encoder or encoder-decoder, which has no session of a decoder. Load it with "
             "tasks.engines.exported.load_exported."
         )
-    return _runnable(bundle, verify).tuned_engine.load(bundle, threads=threads), load_tokenizer(bundle)
+    return runnable(bundle, verify).tuned_engine.load(bundle, threads=threads), load_tokenizer(bundle)
+
+
+def load_original(path: Path, *, threads: int) -> "Session":
+    """What candidates are compared with: a checkpoint in PyTorch and float32, or another engine bundle."""
+    if (path / MANIFEST).exists():
+        return load_bundle(path, threads=threads)[0]
+    from tasks.engines.pytorch import PyTorch
+
+    return PyTorch(precision="float32").load(path, threads=threads)
 
 
 def load_generator(
@@ -273,9 +285,9 @@ def load_generator(
     Raises:
         ValueError: a file was changed or lost, this machine cannot run the engine, or it has no such proposals.
     """
-    manifest = _runnable(bundle, verify)
+    manifest = runnable(bundle, verify)
     if draft:
-        _check_draft(bundle, manifest, draft, _runnable(draft, verify))
+        _check_draft(bundle, manifest, draft, runnable(draft, verify))
     if threads is None:
         threads = manifest.tuned.threads if manifest.tuned else num_cores()
     runtime: Runtime
@@ -303,7 +315,7 @@ def _check_draft(bundle: Path, manifest: Manifest, draft: Path, of_draft: Manife
         )
 
 
-def _runnable(bundle: Path, verify: bool) -> Manifest:
+def runnable(bundle: Path, verify: bool) -> Manifest:
     """The manifest of a bundle that is whole and runs on this machine."""
     manifest = read_manifest(bundle)
     if verify:

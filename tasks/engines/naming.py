@@ -4,6 +4,8 @@ from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT", "pytorch": "PyTorch"}
+
 
 def label(engine: BaseModel) -> str:
     """A name for the engine's options among others: "openvino", "openvino-bfloat16".
@@ -18,6 +20,17 @@ def describe(engine: BaseModel) -> str:
     """The engine with all its choices: "openvino float32, activations int8, kv cache uint8"."""
     chosen = [f"{name.replace('_', ' ')} {value}" for name, value, _ in _choices(engine)]
     return f"{getattr(engine, 'engine')} {', '.join(chosen).removeprefix('precision ')}"  # noqa: B009
+
+
+def title(engine: BaseModel) -> str:
+    """The engine as a table names it: "ONNX Runtime float32", then every choice that is not the first."""
+    chosen = [
+        f"{name.replace('_', ' ')} {value}"
+        for name, value, first in _choices(engine)
+        if value != first and name != "precision"
+    ]
+    name, precision = str(getattr(engine, "engine")), str(getattr(engine, "precision"))  # noqa: B009
+    return ", ".join([f"{TITLES.get(name, name)} {precision}", *chosen])
 
 
 def alternatives(engine: BaseModel, option: str) -> tuple[str, ...]:

@@ -84,9 +84,10 @@ class OnnxRuntime(BaseModel, frozen=True, extra="forbid"):
         write_genai_config(checkpoint, decoder, out, graph=GRAPH_FILE, max_length=max_length)
         return ()
 
-    def load(self, bundle: Path, *, threads: int) -> "OnnxRuntimeSession":
-        """A session on `threads` threads."""
-        return OnnxRuntimeSession(bundle, threads=threads, graph_optimization=self.graph_optimization)
+    def load(self, bundle: Path, *, threads: int, profile: Path | None = None) -> "OnnxRuntimeSession":
+        """A session on `threads` threads; with `profile`, it times every operator, see `end_profile`."""
+        level = self.graph_optimization
+        return OnnxRuntimeSession(bundle, threads=threads, graph_optimization=level, profile=profile)
 
 
 class OnnxRuntimeSession:
@@ -98,11 +99,19 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, bundle: Path, *, threads: int, graph_optimization: Literal["all", "extended", "basic"] = "all"
+        self,
+        bundle: Path,
+        *,
+        threads: int,
+        graph_optimization: Literal["all", "extended", "basic"] = "all",
+        profile: Path | None = None,
     ) -> None:
         import onnxruntime
 
         settings = session_options(threads)
+        if profile:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(profile)
         settings.graph_optimization_level = getattr(
             onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{graph_optimization.upper()}"
         )
@@ -152,6 +161,10 @@ class OnnxRuntimeSession:
         logits = self._run(self._step, input_ids[:, None])
         self._length += 1
         return logits[:, 0]
+
+    def end_profile(self) -> Path:
+        """The file of operators and their times, Chrome's trace format; of a session that was loaded with `profile`."""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         """Frees weights and cache."""

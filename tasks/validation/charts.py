@@ -192,6 +192,148 @@ def curve(
     return _svg(width, height, tooltip, parts)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """One row of a chart of distributions: values at QUANTILES, ascending."""
+
+    label: str
+    values: tuple[float, ...]
+    tooltip: str
+    series: int
+    css: str = ""
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def spreads(rows: Sequence[Spread], *, x_label: str, width: int = 560) -> Markup:
+    """Distributions under each other: a box from p25 to p75, a line from p5 to p95, a mark at the median."""
+    left, right, top, bottom, step = 10, 16, 6, 40, 40
+    height = top + step * len(rows) + bottom
+    x = _axis([value for row in rows for value in row.values], left + 8, width - right - 8)
+    parts = [_vertical_grid(x, top, height - bottom)]
+    for index, row in enumerate(rows):
+        middle = top + step * index + 27
+        p5, p25, p50, p75, p95 = (x(value) for value in row.values)
+        parts.append(
+            Markup(
+                '<g class="spread s{series} {css}"><title>{tooltip}</title>'
+                '<rect class="hit" x="{left}" y="{hit}" width="{wide}" height="{step}"/>'
+                '<text class="label" x="{left}" y="{text}">{label}</text>'
+                '<line x1="{p5:.1f}" x2="{p95:.1f}" y1="{y}" y2="{y}"/>'
+                '<rect class="box" x="{p25:.1f}" y="{box}" width="{box_wide:.1f}" height="9" rx="2"/>'
+                '<line class="median" x1="{p50:.1f}" x2="{p50:.1f}" y1="{above}" y2="{below}"/></g>'
+            ).format(
+                series=row.series,
+                css=row.css,
+                tooltip=row.tooltip,
+                left=left,
+                hit=middle - 22,
+                wide=width - left - right,
+                step=step - 2,
+                text=middle - 10,
+                label=row.label,
+                p5=p5,
+                p95=p95,
+                p25=p25,
+                box=middle - 4.5,
+                box_wide=max(p75 - p25, 1.0),
+                p50=p50,
+                y=middle,
+                above=middle - 7,
+                below=middle + 7,
+            )
+        )
+    name = f"{x_label} (log scale)" if x.is_log else x_label
+    parts.append(
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(width / 2, height - 8, name)
+    )
+    return _svg(width, height, f"distributions of {x_label}", parts)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart of several, with a mark at every point."""
+
+    label: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    tooltips: tuple[str, ...]
+    series: int
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    limit: float | None = None,
+    width: int = 560,
+    height: int = 340,
+) -> Markup:
+    """Several curves over one axis, named at their ends; a dashed line where a limit is."""
+    width, height = 560, 340
+    left, right, top, bottom = 58, 16, 14, 46
+    ys = [value for line in lines for value in line.ys] + ([limit] if limit else [])
+    x = _axis([value for line in lines for value in line.xs], left + 10, width - right - 14)
+    y = _axis(ys, height - bottom - 10, top + 10)
+    parts = [_grid(x, y, left, width - right, top, height - bottom)]
+    parts.append(_axis_names(x, y, x_label, y_label, left, width, height, bottom))
+    if limit:
+        parts.append(
+            Markup(
+                '<line class="front" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"><title>limit {}</title></line>'
+            ).format(left, width - right, f"{limit:.4g}", y=y(limit))
+        )
+    ends = [(x(line.xs[-1]), y(line.ys[-1]), line.label) for line in lines]
+    placed = place_labels(ends, left=left, right=width - right, top=top, bottom=height - bottom)
+    for line, (label_x, label_y, _) in zip(lines, placed, strict=True):
+        points = list(zip(line.xs, line.ys, line.tooltips, strict=True))
+        path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in points)
+        parts.append(Markup('<polyline class="load s{}" points="{}"/>').format(line.series % 5, path))
+        parts += [
+            _mark(x(px), y(py), Point(px, py, line.label, tooltip, line.series, on_front=True))
+            for px, py, tooltip in points
+        ]
+        parts.append(Markup('<text class="label" x="{:.1f}" y="{:.1f}">{}</text>').format(label_x, label_y, line.label))
+    return _svg(width, height, f"{y_label} over {x_label}", parts)
+
+
+def bars(values: Sequence[tuple[str, float]], *, y_label: str, width: int = 560, height: int = 170) -> Markup:
+    """Bars of (what the tooltip calls it, part of one), numbered from 0: errors of blocks."""
+    left, right, top, bottom = 58, 12, 10, 34
+    y = Axis(0, max([value for _, value in values] + [1e-9]) * 1.08, height - bottom, top, is_log=False)
+    step = (width - left - right) / len(values)
+    parts = []
+    for value in nice_ticks(0, y.high, 4):
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{} %</text>'
+            ).format(left, width - right, left - 6, y(value) + 4, tick(100 * value), y=y(value))
+        )
+    every = math.ceil(len(values) / 16)
+    for index, (name, value) in enumerate(values):
+        at = left + step * index
+        parts.append(
+            Markup(
+                '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+            ).format(at + 0.1 * step, y(value), 0.8 * step, max(height - bottom - y(value), 0.5), name)
+        )
+        if index % every == 0:
+            parts.append(
+                Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                    at + step / 2, height - bottom + 13, index
+                )
+            )
+    parts.append(
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (left + width) / 2, height - 4, y_label
+        )
+    )
+    return _svg(width, height, y_label, parts)
+
+
 def interval_bar(
     *, limit: float, measured: float, low: float | None, high: float | None, is_max: bool, verdict: str
 ) -> Markup:
@@ -234,6 +376,16 @@ def _axis(values: Sequence[float], start: float, end: float) -> Axis:
         return Axis(low / room, high * room, start, end, is_log=True)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low - room, high + room, start, end, is_log=False)
+
+
+def _vertical_grid(x: Axis, top: float, bottom: float) -> Markup:
+    return Markup("").join(
+        Markup(
+            '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+            '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
+        ).format(x(value), top, bottom, bottom + 13, tick(value))
+        for value in x.ticks()
+    )
 
 
 def _grid(

@@ -37,11 +37,11 @@ class LatencyWorker(Worker):
 
 
 def load(path: Path, *, original: bool, threads: int) -> "Session":
-    """The session of an engine bundle, or of the original checkpoint in PyTorch and float32.
+    """The session of an engine bundle, or of the original: a checkpoint in PyTorch and float32, or a bundle too.
 
     Without its tokenizer, whose library would bring PyTorch into the memory of every other engine.
     """
-    if original:
+    if original and not (path / "manifest.json").exists():
         from tasks.engines.pytorch import PyTorch
 
         return PyTorch(precision="float32").load(path, threads=threads)

@@ -8,7 +8,7 @@ in the same way. Whoever measures gives three things:
 * `measured(summary, ...)`, what was measured of a candidate, by `figure_name`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
@@ -69,6 +69,12 @@ def figure_name(metric: str, *, percentile: Percentile | None = None, batch_size
     """
     parts = [metric, percentile, None if batch_size is None else f"batch_{batch_size}"]
     return ".".join(part for part in parts if part)
+
+
+def metric_of(figure: str, metrics: Collection[str]) -> str:
+    """The name of the metric that a figure is of, among `metrics`; names may have dots themselves."""
+    found = [name for name in metrics if figure == name or figure.startswith(f"{name}.")]
+    return max(found, key=len)
 
 
 def worsening(better: Better, ratio: Estimate) -> Estimate:

@@ -123,7 +123,7 @@ class WindowScores:
 def measure_reference(
     *, checkpoint: Path, data: Path, options: Quality, threads: int, out: Path, report: Report = silent
 ) -> ReferenceSummary:
-    """The original's answers in PyTorch, stored in `out` for candidates to be compared with.
+    """The original's answers, in PyTorch or as the engine bundle that it is, for candidates to be compared with.
 
     Writes nll.npy [num_windows, W - 1] float32, top1.npy [num_windows, W - 1] int32, kl_positions.npy [K, 2] int64
     (window, position), kl_log_probabilities.npy [K, vocab_size] float32 and reference.json.
@@ -131,10 +131,10 @@ def measure_reference(
     Raises:
         ValueError: the checkpoint cannot read the windows, or its logits are not finite.
     """
-    from tasks.engines.pytorch import PyTorch
+    from tasks.engines.compiling import load_original
 
     evaluation = load_evaluation(data)
-    session = PyTorch(precision="float32").load(checkpoint, threads=threads)
+    session = load_original(checkpoint, threads=threads)
     try:
         positions = sample_positions(
             evaluation.tokens.shape, num_kl_positions(options, session.vocab_size), seed=options.seed

@@ -1,6 +1,6 @@
 """The report of an optimization: one self-contained HTML page, and a table for the terminal.
 
-The page needs no network and no JavaScript, reads in light and dark, and prints.
+The page needs no network, reads in light and dark, and prints; its few lines of JavaScript only show tooltips at once.
 """
 
 import math
@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.validation import charts
+from tasks.validation.diagnosis import Diagnosis
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
+from tasks.validation.measured import Measured, Metric
 from tasks.validation.pareto import pareto_front
 from tasks.validation.quality import QualitySummary, ReferenceSummary
 from tasks.validation.statistics import Estimate
@@ -39,12 +41,16 @@ class Row(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(description="As the speed summary names it: candidate/engine.")
     candidate: str
     engine: str = Field(description="As people read it, precision included.")
+    engine_options: str = Field("", description="All of them, in words.")
     steps: str = Field("", description="What was done to the model: '22 of 30 layers, W8 per channel'.")
     status: str = Field("run", description="'run', or why it was not: 'built, not run here'.")
     size_bytes: int | None = Field(description="None: it could not be made.")
     quality: QualitySummary | None = None
+    perplexity: Estimate | None = Field(None, description="Of another run's original, whose quality is its own.")
     parity: Parity | None = None
+    figures: dict[str, Measured] = Field(default_factory=dict, description="All that was measured, by figure.")
     judgement: Judgement | None = Field(None, description="None: a baseline, which is not judged.")
+    diagnosis: Diagnosis | None = Field(None, description="None: neither slower nor worse, or not examined.")
     url: str | None = Field(None, description="Of its tracking run.")
 
 
@@ -92,6 +98,15 @@ class LayerFigures(BaseModel, frozen=True, extra="forbid"):
     inputs: str = Field(description="How they are rounded: 'float', 'static', 'per token'.")
 
 
+class Distribution(BaseModel, frozen=True, extra="forbid"):
+    """How a time of one subject is spread, at `charts.QUANTILES`."""
+
+    subject: str
+    metric: str = Field(description="ttft_ms, tpot_ms or inter_token_ms.")
+    num: int
+    values: tuple[float, float, float, float, float]
+
+
 class Quantized(BaseModel, frozen=True, extra="forbid"):
     """What quantization made of a candidate, layer by layer."""
 
@@ -109,17 +124,22 @@ class ReportData(BaseModel, frozen=True, extra="forbid"):
     source: str = Field(description="Where the original came from.")
     finished_at: datetime
     elapsed_s: float
-    original_size_bytes: int = Field(description="Of the float32 checkpoint.")
+    original_size_bytes: int = Field(description="Of the float32 checkpoint, or the bundle that is the original.")
+    original_engine: str = Field("PyTorch float32", description="In which the original answers.")
     reference: ReferenceSummary
     rows: tuple[Row, ...]
     speed: SpeedSummary | None
+    metrics: dict[str, Metric] = Field(default_factory=dict, description="What was measured, by name.")
     winner: str | None = Field(description="Name of the row that was chosen.")
     registered: str | None = Field(None, description="The model version: 'smollm2-135m version 3, alias candidate'.")
     register_note: str = Field("", description="Why nothing was registered, where nothing was.")
     stages: tuple[Stage, ...] = ()
     curves: tuple[Curve, ...] = ()
+    distributions: tuple[Distribution, ...] = ()
     quantized: tuple[Quantized, ...] = ()
     data_sets: tuple[DataSet, ...] = ()
+    compared: tuple[str, ...] = Field((), description="Names of the runs, where the page compares several.")
+    incomparable: tuple[str, ...] = Field((), description="Why their figures must not be held against each other.")
     links: dict[str, str] = Field(default_factory=dict, description="Text to URL: MLflow run, Prefect flow run.")
     command: str = Field(description="That makes all of this again.")
     recipe_yaml: str
@@ -144,10 +164,12 @@ def render(data: ReportData, out: Path) -> Path:
         lines=lines(data),
         headline=headline(data),
         charts=_charts(data),
+        spreads=_spreads(data),
+        block_errors=_block_errors,
         check_bar=_check_bar,
         curve=charts.curve,
         mark=charts.mark,
-        engines=_engines(data),
+        engines=engines_of(data),
         total_s=sum(stage.elapsed_s for stage in data.stages) or 1.0,
     )
     out.write_text(page, encoding="utf-8")
@@ -186,7 +208,7 @@ def lines(data: ReportData) -> list[Line]:
     """The original first, then baselines, then candidates: accepted ones first, the winner on top."""
     subjects = data.speed.subjects if data.speed else {}
     original = Line(
-        row=Row(name=ORIGINAL, candidate=ORIGINAL, engine="PyTorch float32", size_bytes=data.original_size_bytes),
+        row=Row(name=ORIGINAL, candidate=ORIGINAL, engine=data.original_engine, size_bytes=data.original_size_bytes),
         speed=subjects.get(ORIGINAL),
         perplexity=data.reference.perplexity,
         increase_percent=None,
@@ -196,7 +218,7 @@ def lines(data: ReportData) -> list[Line]:
         Line(
             row=row,
             speed=subjects.get(row.name),
-            perplexity=row.quality.perplexity if row.quality else None,
+            perplexity=row.quality.perplexity if row.quality else row.perplexity,
             increase_percent=row.quality.perplexity_increase_percent if row.quality else None,
         )
         for row in data.rows
@@ -223,6 +245,12 @@ class Headline(BaseModel, frozen=True):
 def headline(data: ReportData) -> Headline:
     """Which candidate won, and what it gained at what cost."""
     judged = [row for row in data.rows if row.judgement]
+    if data.compared:
+        accepted = [row.name for row in judged if row.judgement and row.judgement.verdict == "ACCEPT"]
+        sentence = f"{len(data.compared)} runs side by side, as they were measured."
+        if accepted:
+            sentence += f" Accepted in their own runs: {', '.join(accepted)}."
+        return Headline(verdict="INCONCLUSIVE" if data.incomparable else "ACCEPT", sentence=sentence)
     if data.winner is None:
         verdicts = [row.judgement.verdict for row in judged if row.judgement]
         rejected, odd, open_ones = (verdicts.count(name) for name in ("REJECT", "ANOMALOUS", "INCONCLUSIVE"))
@@ -259,36 +287,89 @@ def headline(data: ReportData) -> Headline:
     return Headline(verdict="ACCEPT", sentence=sentence, figures=tuple(figures))
 
 
-def _engines(data: ReportData) -> list[str]:
+def engines_of(data: ReportData) -> list[str]:
     """Engines in the order of their marks; PyTorch first."""
     return list(dict.fromkeys(line.row.engine for line in lines(data)))
 
 
+FIGURES_OF_FRONT = {"time per output token, ms": "time", "size on disk, MiB": "size"}
+"""What perplexity is drawn against, and a short name of each."""
+
+
+def front_points(data: ReportData, name: str) -> list[tuple[Line, float, float]]:
+    """(line, figure, perplexity) of everything that was measured; none where runs are not comparable."""
+    if data.incomparable:  # points of one picture are held against each other
+        return []
+    found = []
+    for line in lines(data):
+        size_bytes, tpot_ms, perplexity = line.figures()
+        x = tpot_ms if FIGURES_OF_FRONT[name] == "time" else size_bytes / 2**20 if size_bytes else None
+        if x is not None and perplexity is not None and math.isfinite(perplexity):
+            found.append((line, x, perplexity))
+    return found
+
+
 def _charts(data: ReportData) -> list[Markup]:
     """Quality against time and against size, of everything that was measured."""
-    engines = _engines(data)
+    engines = engines_of(data)
     drawn: list[Markup] = []
-    for name, index in (("time per output token, ms", 1), ("size on disk, MiB", 0)):
-        points = []
-        for line in lines(data):
-            x, perplexity = line.figures()[index], line.figures()[2]
-            if x is None or perplexity is None or not math.isfinite(perplexity):
-                continue
-            x = x / 2**20 if index == 0 else x
-            points.append(
-                charts.Point(
-                    x=x,
-                    y=perplexity,
-                    label=line.row.candidate,
-                    tooltip=f"{line.row.candidate}, {line.row.engine}: {number(x)} ({name}), perplexity "
-                    f"{perplexity:.2f}" + (f", {line.verdict}" if line.verdict else ""),
-                    series=engines.index(line.row.engine),
-                    on_front=line.on_front,
-                )
+    for name in FIGURES_OF_FRONT:
+        points = [
+            charts.Point(
+                x=x,
+                y=perplexity,
+                label=line.row.candidate,
+                tooltip=f"{line.row.candidate}, {line.row.engine}: {number(x)} ({name}), perplexity "
+                f"{perplexity:.2f}" + (f", {line.verdict}" if line.verdict else ""),
+                series=engines.index(line.row.engine),
+                on_front=line.on_front,
             )
+            for line, x, perplexity in front_points(data, name)
+        ]
         if points:
             drawn.append(charts.scatter(points, x_label=name, y_label="perplexity"))
     return drawn
+
+
+DISTRIBUTIONS = {
+    "ttft_ms": "time to first token, ms",
+    "tpot_ms": "time per output token of a request, ms",
+    "inter_token_ms": "gaps between tokens, ms",
+}
+
+
+def _spreads(data: ReportData) -> list[Markup]:
+    """Distributions of what was timed, one chart per metric, subjects in the order of the table."""
+    engines = engines_of(data)
+    drawn = []
+    for metric, x_label in DISTRIBUTIONS.items():
+        of = {each.subject: each for each in data.distributions if each.metric == metric}
+        rows = [
+            charts.Spread(
+                label=line.row.name,
+                values=each.values,
+                tooltip=f"{line.row.name}: half of {each.num} between {number(each.values[1])} and "
+                f"{number(each.values[3])}, median {number(each.values[2])}, p5 {number(each.values[0])}, "
+                f"p95 {number(each.values[4])} ({x_label})",
+                series=engines.index(line.row.engine) % 5,
+            )
+            for line in lines(data)
+            if (each := of.get(line.row.name))
+        ]
+        if rows:
+            drawn.append(charts.spreads(rows, x_label=x_label))
+    return drawn
+
+
+def _block_errors(diagnosis: Diagnosis) -> Markup:
+    values = []
+    for layer in diagnosis.facts.layers:
+        tooltip = (
+            f"{layer.name}: {layer.whole:.2%} of what it adds; attention alone {layer.attention:.2%}, feed-forward "
+            f"alone {layer.feed_forward:.2%}; {layer.accumulated:.2%} of the hidden states after it"
+        )
+        values.append((tooltip, layer.whole))
+    return charts.bars(values, y_label="error of each block's output, in order")
 
 
 def _check_bar(check: Check) -> Markup:
@@ -355,6 +436,7 @@ def terminal_table(data: ReportData) -> Table:
     table.add_column("peak\nMiB", justify="right", no_wrap=True)
     table.add_column("verdict", min_width=len("INCONCLUSIVE"))
     styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "magenta"}
+    told = f" ({data.original_engine.partition(' float')[0]})"
     for line in lines(data):
         speed, quality = line.speed, line.row.quality
         rates = [line.tokens_per_s(batch_size) for batch_size in batch_sizes]
@@ -362,7 +444,7 @@ def terminal_table(data: ReportData) -> Table:
         if line.row.status != "run":
             verdict.append(f" {line.row.status}".strip() if not line.verdict else f", {line.row.status}")
         table.add_row(
-            Text(("★ " if line.row.name == data.winner else "  ") + (line.row.name + " (PyTorch)" * line.is_original)),
+            Text(("★ " if line.row.name == data.winner else "  ") + line.row.name + told * line.is_original),
             number(line.row.size_bytes / 2**20) if line.row.size_bytes else "",
             f"{line.perplexity.value:.2f}" if line.perplexity else "",
             f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",

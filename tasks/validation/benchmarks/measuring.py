@@ -50,7 +50,8 @@ def ask_original(
     if problem := benchmark.missing():
         raise ValueError(problem)
     items = benchmark.items(data)
-    answers = benchmark.ask(items, Subject(checkpoint, threads, is_original=True), report)
+    in_pytorch = not (checkpoint / "manifest.json").exists()  # else another bundle is what is compared with
+    answers = benchmark.ask(items, Subject(checkpoint, threads, is_original=in_pytorch), report)
     scores = benchmark.scores(items, answers, None)
     save_items(items, out / ITEMS)
     _table(benchmark, items, {"": answers}, {"": scores}).to_parquet(out / ANSWERS, index=False)

@@ -1,0 +1,191 @@
+"""One bundle against another, through the command line; and a candidate that was made slower on purpose."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from flows.validating import plan_validation
+from tasks.engines import OnnxRuntime
+from tasks.engines.compiling import compile_engine
+
+ROOT = Path(__file__).parents[2]
+STDLIB = {"corpus": "stdlib", "content": "documentation"}
+DATA = {
+    **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
+    "sequence_length": 64,
+    "evaluation_window": 64,
+    "num_training_tokens": 20_000,
+    "num_calibration_sequences": 4,
+    "num_evaluation_windows": 8,
+}
+DELAY = 200
+"""How often zero is added to each restored weight: so slow that no noise hides it."""
+
+
+def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "float"
+    out.mkdir()
+    compile_engine(checkpoint=tiny_checkpoint, data=None, engine=OnnxRuntime(precision="float32"), threads=1, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def fake_quantized(bundle) -> Path:
+    """The same bundle with every weight rounded and restored in the graph for every token, slowly, and used afloats."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    out = bundle.with_name("fake-quantized")
+    shutil.copytree(bundle, out)
+    model = onnx.load(out / "model.onnx")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), "nothing"))
+    nodes = [  # a zero that is known only when the graph runs
+        helper.make_node("Mul", ["num_logits", "nothing"], ["zero.int64"], name="zero.int64"),
+        helper.make_node("Cast", ["zero.int64"], ["zero"], name="zero", to=1),
+    ]
+    for node in [node for node in model.graph.node if node.op_type == "FusedMatMul"]:
+        name = node.input[1]
+        grid = [f"{name}.scale", f"{name}.zero_point"]
+        scale = np.float32(np.abs(numpy_helper.to_array(weights[name])).max() / 127)
+        for value, grid_name in zip((scale, np.int8(0)), grid, strict=True):
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), grid_name))
+        rounded, restored = f"{name}.rounded", f"{name}.restored"
+        nodes.append(helper.make_node("QuantizeLinear", [name, *grid], [rounded], name=rounded))
+        nodes.append(helper.make_node("DequantizeLinear", [rounded, *grid], [restored], name=restored))
+        for step in range(DELAY):
+            nodes.append(helper.make_node("Add", [restored, "zero"], [f"{name}.{step}"], name=f"{name}.{step}"))
+            restored = f"{name}.{step}"
+        node.input[1] = restored
+    nodes += model.graph.node
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    (out / "model.weights").unlink()
+    onnx.save(model, out / "model.onnx", save_as_external_data=True, location="model.weights", size_threshold=1024)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"] = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def rejected(bundle, fake_quantized, home) -> subprocess.CompletedProcess[str]:
+    recipe = {
+        "name": "any",
+        "source": "any",
+        "candidates": {"any": {}},
+        "engines": [{"engine": "onnxruntime", "precision": "float32"}],
+        "data": DATA,
+        "validation": {"speed": {"prompt_tokens": 8, "new_tokens": 24, "batch_sizes": [1], "num_blocks": 6}},
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["--recipe", str(home / "recipe.yaml"), "--limit", "never_slower_than=[original]"]
+    return slimline("validate", str(fake_quantized), "--against", str(bundle), *arguments, home=home)
+
+
+def figures(said: str) -> dict:
+    return json.loads(Path(re.search(r"figures\s+(/\S+\.json)", said)[1]).read_text())
+
+
+def test_fake_quantized_weights_are_rejected_with_the_right_diagnosis(rejected):
+    assert rejected.returncode == 3, rejected.stderr
+    (row,) = figures(rejected.stdout)["rows"]
+    assert row["judgement"]["verdict"] == "REJECT"
+    assert "of at least 1×" in row["judgement"]["sentence"]
+    findings = row["diagnosis"]["findings"]
+    assert findings[0]["kind"] == "restored weights"
+    assert "17 operators (DequantizeLinear)" in findings[0]["sentence"]
+    page = Path(re.search(r"report\s+(/\S+\.html)", rejected.stdout)[1]).read_text()
+    assert "turned back into floats for every token" in page
+
+
+def test_the_original_is_the_other_bundle(rejected):
+    assert "original (ONNX Runtime)" in rejected.stdout
+    found = figures(rejected.stdout)
+    assert found["original_engine"] == "ONNX Runtime float32"
+    assert found["speed"]["subjects"]["original"]["size_bytes"] == found["original_size_bytes"]
+    assert found["command"].startswith("slimline validate ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["validation.speed.num_block=3"], r"num_block\b"),
+        (["validation.limits.never_slower_than=[unquantized]"], "write `original`"),
+        (["validation"], "--set path=value; got 'validation'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused(bundle, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_validation(str(bundle), "any", recipe=None, options=options)
+
+
+def test_a_directory_that_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+        plan_validation(str(tmp_path), "any", recipe=None, options=[])
+
+
+def test_options_change_the_recipes_data_and_validation(bundle):
+    planned, directory = plan_validation(
+        str(bundle), "source", recipe=None, options=["data.num_evaluation_windows=9", "validation.speed=null"]
+    )
+    assert directory == bundle
+    assert planned.source == "source"
+    assert list(planned.candidates) == ["float"]
+    assert planned.data.num_evaluation_windows == 9
+    assert planned.validation.speed is None
+
+
+@pytest.fixture(scope="module")
+def accepted(rejected, bundle, fake_quantized, home) -> subprocess.CompletedProcess[str]:
+    """Another limit; all that was measured comes from the cache."""
+    arguments = ["--recipe", str(home / "recipe.yaml"), "--limit", "perplexity.max_degradation_percent=400"]
+    return slimline("validate", str(fake_quantized), "--against", str(bundle), *arguments, home=home)
+
+
+def test_what_keeps_its_limit_ends_with_exit_code_0_and_was_not_measured_again(accepted):
+    assert accepted.returncode == 0, accepted.stderr
+    done = [line for line in accepted.stderr.splitlines() if line.strip().startswith("done")]
+    assert all(line.rstrip().endswith("cached") for line in done), accepted.stderr
+
+
+def test_runs_are_compared_on_one_page_without_measuring(accepted, home):
+    runs = [path.stem.rpartition("-")[2] for path in (home / "reports").glob("validate-*.html")]
+    assert len(runs) == 2
+    unknown = slimline("compare", *runs, home=home)
+    assert unknown.returncode == 2
+    ids = re.findall(r"([0-9a-f]{32}) \(validate", unknown.stderr)
+    assert len(ids) == 2, unknown.stderr
+    both = slimline("compare", *ids, home=home)
+    assert both.returncode == 0, both.stderr
+    assert "not comparable" not in both.stdout
+    assert len(figures(both.stdout)["rows"]) == 3  # each run's bundle, and the other run's original
+    page = Path(re.search(r"report\s+(/\S+\.html)", both.stdout)[1]).read_text()
+    for run in ids:
+        assert f"{run[:6]}: fake-quantized" in page
