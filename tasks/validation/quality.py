@@ -4,8 +4,9 @@ Perplexity is exp(total negative log-likelihood / predicted tokens) over windows
 the first token of each window is context only. It is computed from the logits of the engine that will serve, so that
 whatever the engine loses counts too. It compares models with the same tokenizer; bits per byte compares any.
 
-Agreement needs no reference text: KL(original ‖ candidate) of the next-token distributions, and how often both find
-the same token likeliest.
+Agreement needs no reference text: KL(original ‖ candidate) of the next-token distributions, how often both find the
+same token likeliest, how many of the original's five likeliest tokens are among the candidate's, and for how many
+tokens greedy text stays the original's (continuations.py).
 """
 
 import json
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report, silent
+from tasks.validation.continuations import continue_greedily, num_matching
 from tasks.validation.measured import Measured, Metric
 from tasks.validation.statistics import (
     CONFIDENCE,
@@ -49,8 +51,27 @@ METRICS = (
         compared=False,
         largest=1.0,
     ),
+    Metric(
+        name="top5_agreement",
+        title="top-5 agreement",
+        unit="",
+        better="higher",
+        aspect="quality",
+        compared=False,
+        largest=1.0,
+    ),
     Metric(name="kl_nats", title="KL from the original", unit="nats", better="lower", aspect="quality", compared=False),
+    Metric(
+        name="greedy_match_tokens",
+        title="greedy match with the original",
+        unit="tokens",
+        better="higher",
+        aspect="quality",
+        option="validation.quality.greedy_tokens",
+        compared=False,
+    ),
 )
+TOP = 5
 
 
 class Quality(BaseModel, frozen=True, extra="forbid"):
@@ -63,11 +84,27 @@ class Quality(BaseModel, frozen=True, extra="forbid"):
         description="Positions, drawn over all windows, where whole next-token distributions are compared; "
         "fewer where they would fill more than 128 MiB.",
     )
+    greedy_tokens: int = Field(
+        32,
+        ge=0,
+        le=4096,
+        description="Tokens written greedily after each prompt, beside the original's; 0: not measured.",
+    )
+    num_greedy_prompts: int = Field(
+        16,
+        ge=1,
+        description="Prompts: the beginnings of the first so many evaluation windows; fewer if there are fewer.",
+    )
+    greedy_prompt_tokens: int = Field(64, ge=1, description="Tokens of a prompt; a shorter window is one as a whole.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of the drawn positions and of the bootstrap.")
 
     def metrics(self) -> tuple[Metric, ...]:
         """What these options measure."""
-        return METRICS
+        return tuple(
+            metric.model_copy(update={"largest": float(self.greedy_tokens)}) if metric.option else metric
+            for metric in METRICS
+            if self.greedy_tokens or not metric.option
+        )
 
 
 class ReferenceSummary(BaseModel, frozen=True, extra="forbid"):
@@ -93,7 +130,14 @@ class QualitySummary(BaseModel, frozen=True, extra="forbid"):
     bits_per_byte_increase: Estimate = Field(description="Over the original on the same windows, paired.")
     original_bits_per_byte: float
     top1_agreement: Estimate = Field(description="Fraction of positions where both find the same token likeliest.")
+    top5_agreement: Estimate = Field(
+        description="Mean fraction of the original's five likeliest tokens that are among the candidate's five."
+    )
     kl_nats: Estimate = Field(description="Mean KL(original ‖ candidate) over the drawn positions.")
+    greedy_match_tokens: Estimate | None = Field(
+        None, description="Mean number of greedy tokens before the first that differs; None: not measured."
+    )
+    greedy_tokens: int = Field(0, description="Of how many.")
     window: int
     num_windows: int
     num_documents: int
@@ -117,6 +161,7 @@ class WindowScores:
 
     nll: NDArray[np.float32]  # [W - 1], nats
     top1: NDArray[np.int32]  # [W - 1]
+    top5: NDArray[np.int32]  # [W - 1, 5], the likeliest tokens, likeliest first
     log_probabilities: NDArray[np.float32]  # [positions asked for, vocab_size]
 
 
@@ -125,8 +170,9 @@ def measure_reference(
 ) -> ReferenceSummary:
     """The original's answers, in PyTorch or as the engine bundle that it is, for candidates to be compared with.
 
-    Writes nll.npy [num_windows, W - 1] float32, top1.npy [num_windows, W - 1] int32, kl_positions.npy [K, 2] int64
-    (window, position), kl_log_probabilities.npy [K, vocab_size] float32 and reference.json.
+    Writes nll.npy [num_windows, W - 1] float32, top1.npy [num_windows, W - 1] int32, top5.npy
+    [num_windows, W - 1, 5] int32, kl_positions.npy [K, 2] int64 (window, position), kl_log_probabilities.npy
+    [K, vocab_size] float32, greedy.npy [num_greedy_prompts, greedy_tokens] int32 and reference.json.
 
     Raises:
         ValueError: the checkpoint cannot read the windows, or its logits are not finite.
@@ -140,12 +186,15 @@ def measure_reference(
             evaluation.tokens.shape, num_kl_positions(options, session.vocab_size), seed=options.seed
         )
         scores = list(_scores(session, evaluation, positions, threads=threads, name="The original", report=report))
+        greedy = continue_greedily(session, greedy_prompts(evaluation, options), options.greedy_tokens)
     finally:
         vocab_size = session.vocab_size
         session.close()
     nll = np.stack([window.nll for window in scores])
     np.save(out / "nll.npy", nll)
     np.save(out / "top1.npy", np.stack([window.top1 for window in scores]))
+    np.save(out / "top5.npy", np.stack([window.top5 for window in scores]))
+    np.save(out / "greedy.npy", greedy)
     np.save(out / "kl_positions.npy", positions)
     np.save(out / "kl_log_probabilities.npy", np.concatenate([window.log_probabilities for window in scores]))
     about = {"evaluation_sha256": evaluation.sha256, "vocab_size": vocab_size, "num_kl_positions": len(positions)}
@@ -187,7 +236,8 @@ def measure_quality(
             f"{about['evaluation_sha256'][:12]}, these are {evaluation.sha256[:12]}. Measure the reference again."
         )
     original_nll = np.load(reference / "nll.npy")
-    original_top1 = np.load(reference / "top1.npy")
+    original_top1, original_top5 = np.load(reference / "top1.npy"), np.load(reference / "top5.npy")
+    original_greedy = np.load(reference / "greedy.npy")
     positions = np.load(reference / "kl_positions.npy")
     original_log_probabilities = np.load(reference / "kl_log_probabilities.npy", mmap_mode="r")
     session, _ = load_bundle(bundle, threads=threads)
@@ -213,10 +263,15 @@ def measure_quality(
                     "nll": float(window.nll.sum(dtype=np.float64)),
                     "original_nll": float(original_nll[index].sum(dtype=np.float64)),
                     "num_same_top1": int((window.top1 == original_top1[index]).sum()),
+                    "num_same_top5": num_shared(window.top5, original_top5[index]),
                     "num_kl_positions": len(kl),
                     "kl_sum": float(kl.sum()),
                 }
             )
+        prompts = greedy_prompts(evaluation, options)
+        matching = num_matching(continue_greedily(session, prompts, options.greedy_tokens), original_greedy)
+        for row, count in zip(rows, matching, strict=False):  # windows beyond the prompts have none
+            row["greedy_tokens"], row["num_greedy_matching"] = options.greedy_tokens, int(count)
     finally:
         session.close()
     items = pd.DataFrame(rows)
@@ -248,7 +303,10 @@ def summarize(items: Any, *, seed: int, confidence: float = CONFIDENCE) -> Quali
         bits_per_byte_increase=bootstrap_ratio_of_sums(bits - original_bits, num_bytes, documents, **how),
         original_bits_per_byte=float(original_bits.sum() / num_bytes.sum()),
         top1_agreement=bootstrap_ratio_of_sums(column["num_same_top1"], num_tokens, documents, **how),
+        top5_agreement=bootstrap_ratio_of_sums(column["num_same_top5"], TOP * num_tokens, documents, **how),
         kl_nats=_mean_kl(column, **how),
+        greedy_match_tokens=_mean_greedy_match(column, **how),
+        greedy_tokens=int(np.nan_to_num(column["greedy_tokens"]).max()) if "greedy_tokens" in column else 0,
         window=int(num_tokens[0]) + 1,
         num_windows=len(items),
         num_documents=len(np.unique(documents)),
@@ -274,7 +332,13 @@ def measured(summary: QualitySummary) -> dict[str, Measured]:
             degradation_percent=scaled(increase, 100 / bits),
         ),
         "top1_agreement": Measured(value=summary.top1_agreement),
+        "top5_agreement": Measured(value=summary.top5_agreement),
         "kl_nats": Measured(value=summary.kl_nats),
+        **(
+            {"greedy_match_tokens": Measured(value=summary.greedy_match_tokens)}
+            if summary.greedy_match_tokens is not None
+            else {}
+        ),
     }
 
 
@@ -284,6 +348,28 @@ def _mean_kl(column: dict[str, Any], **how: Any) -> Estimate:
     return bootstrap_ratio_of_sums(
         column["kl_sum"][drawn], column["num_kl_positions"][drawn], column["document"][drawn], **how
     )
+
+
+def _mean_greedy_match(column: dict[str, Any], **how: Any) -> Estimate | None:
+    """Mean over prompts; None where none was continued."""
+    if "num_greedy_matching" not in column:
+        return None
+    asked = np.nan_to_num(column["greedy_tokens"]) > 0
+    matching = column["num_greedy_matching"][asked]
+    if not len(matching):
+        return None
+    return bootstrap_ratio_of_sums(matching, np.ones(len(matching)), column["document"][asked], **how)
+
+
+def greedy_prompts(evaluation: Evaluation, options: Quality) -> NDArray[np.int32]:
+    """[N, length] int32: beginnings of evaluation windows; N is 0 where nothing is to be written."""
+    num_prompts = options.num_greedy_prompts if options.greedy_tokens else 0
+    return evaluation.tokens[:num_prompts, : options.greedy_prompt_tokens]
+
+
+def num_shared(first: NDArray[np.int32], second: NDArray[np.int32]) -> int:
+    """How many tokens of the rows of `second` [positions, k] are in the same row of `first` [positions, k]."""
+    return int((first[:, None, :] == second[:, :, None]).any(axis=2).sum())
 
 
 def bits_per_byte(nll: NDArray[np.float64], evaluation: Evaluation, *, seed: int) -> Estimate:
@@ -323,6 +409,7 @@ def score_window(logits: NDArray[np.float32], targets: NDArray[np.int32], positi
 
     nll = np.empty(len(targets), np.float32)
     top1 = np.empty(len(targets), np.int32)
+    top5 = np.empty((len(targets), TOP), np.int32)
     log_probabilities = []
     for start in range(0, len(targets), ROWS_PER_CHUNK):
         rows = slice(start, min(start + ROWS_PER_CHUNK, len(targets)))
@@ -333,9 +420,10 @@ def score_window(logits: NDArray[np.float32], targets: NDArray[np.int32], positi
         at_target = chunk.gather(1, torch.from_numpy(targets[rows].astype(np.int64))[:, None])[:, 0]
         nll[rows] = (normalizer - at_target).numpy()
         top1[rows] = chunk.argmax(dim=-1).numpy()
+        top5[rows] = chunk.topk(TOP, dim=-1).indices.numpy()
         wanted = positions[(positions >= rows.start) & (positions < rows.stop)] - start
         log_probabilities.append((chunk[wanted] - normalizer[wanted, None]).numpy())
-    return WindowScores(nll=nll, top1=top1, log_probabilities=np.concatenate(log_probabilities))
+    return WindowScores(nll=nll, top1=top1, top5=top5, log_probabilities=np.concatenate(log_probabilities))
 
 
 def _scores(

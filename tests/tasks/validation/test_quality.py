@@ -13,7 +13,9 @@ from tasks.validation.quality import (
     load_evaluation,
     measure_quality,
     measure_reference,
+    measured,
     num_kl_positions,
+    num_shared,
     sample_positions,
     score_window,
 )
@@ -45,9 +47,27 @@ def test_scores_of_a_window_are_the_definition_in_float64():
         # float32 logits near 20 have a spacing of 2e-6
         assert scores.nll[row] == pytest.approx(-log_p[targets[row]], abs=1e-5)
         assert scores.top1[row] == max(range(37), key=lambda k, row=row: logits[row, k])
+        assert list(scores.top5[row]) == sorted(range(37), key=lambda k, row=row: -logits[row, k])[:5]
         if row in positions:
             stored = scores.log_probabilities[list(positions).index(row)]
             np.testing.assert_allclose(stored, log_p, atol=1e-5)
+
+
+def test_shared_tokens_are_counted_whatever_their_order():
+    first, second = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 1, 9], [4, 5, 6]])
+    assert num_shared(first, second) == 2 + 3
+
+
+def test_what_is_written_greedily_can_be_left_out(reference, tiny_checkpoint, tiny_bundle, small_data, tmp_path):
+    out = tmp_path / "reference"
+    out.mkdir()
+    options = Quality(num_kl_positions=40, greedy_tokens=0)
+    measure_reference(checkpoint=tiny_checkpoint, data=small_data, options=options, threads=1, out=out)
+    summary = measure(tiny_bundle, out, small_data, tmp_path, greedy_tokens=0)
+    assert summary.greedy_match_tokens is None
+    assert "greedy_match_tokens" not in measured(summary)
+    assert "greedy_match_tokens" not in [metric.name for metric in options.metrics()]
+    assert measured(summary)["top5_agreement"].value == summary.top5_agreement
 
 
 def test_logits_that_are_not_finite_are_refused():
@@ -85,6 +105,8 @@ def test_perplexity_of_the_original_is_what_transformers_computes(reference, tin
 def test_the_same_model_in_another_engine_agrees_up_to_rounding(reference, tiny_bundle, small_data, tmp_path):
     summary = measure(tiny_bundle, reference[0], small_data, tmp_path)
     assert summary.top1_agreement.value > 0.99
+    assert summary.top5_agreement.value > 0.99
+    assert summary.greedy_match_tokens.value == summary.greedy_tokens == 32
     assert abs(summary.perplexity_increase_percent.value) < 0.01
     assert 0 <= summary.kl_nats.value < 1e-6
     assert summary.original_perplexity == pytest.approx(reference[1].perplexity.value)
@@ -106,6 +128,8 @@ def test_a_damaged_model_is_told_from_the_original(reference, tiny_checkpoint, s
     engine = OnnxRuntime(precision="float32")
     compile_engine(checkpoint=damaged, data=small_data, engine=engine, threads=1, out=bundle)
     summary = measure(bundle, reference[0], small_data, out)
+    assert 0.5 < summary.top5_agreement.value < 0.99
+    assert 0 < summary.greedy_match_tokens.value < 32
     assert summary.kl_nats.low > 1e-4
     assert summary.top1_agreement.value < 0.99
 
@@ -113,6 +137,8 @@ def test_a_damaged_model_is_told_from_the_original(reference, tiny_checkpoint, s
     assert list(items["num_tokens"]) == [47] * 6
     assert summary.num_kl_positions == items["num_kl_positions"].sum() == 40
     assert math.exp(items["nll"].sum() / items["num_tokens"].sum()) == pytest.approx(summary.perplexity.value)
+    assert items["num_same_top5"].sum() / (5 * 6 * 47) == pytest.approx(summary.top5_agreement.value)
+    assert items["num_greedy_matching"].mean() == pytest.approx(summary.greedy_match_tokens.value)
     assert items["num_same_top1"].sum() / (6 * 47) == pytest.approx(summary.top1_agreement.value)
     increase = 100 * math.expm1((items["nll"] - items["original_nll"]).sum() / (6 * 47))
     assert increase == pytest.approx(summary.perplexity_increase_percent.value)

@@ -57,6 +57,7 @@ def quality(increase: float) -> QualitySummary:
         bits_per_byte_increase=exactly(0.0),
         original_bits_per_byte=1.0,
         top1_agreement=Estimate(value=0.972, low=0.968, high=0.976),
+        top5_agreement=Estimate(value=0.972, low=0.968, high=0.976),
         kl_nats=exactly(0.004),
         window=512,
         num_windows=40,

@@ -31,6 +31,7 @@ def quality(increase: Estimate = HALF_A_PERCENT) -> QualitySummary:
         bits_per_byte_increase=exactly(0.0),
         original_bits_per_byte=1.0,
         top1_agreement=estimate(0.97, 0.965, 0.975),
+        top5_agreement=estimate(0.97, 0.965, 0.975),
         kl_nats=estimate(0.004, 0.003, 0.005),
         window=512,
         num_windows=40,
