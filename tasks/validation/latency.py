@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator
 
 from tasks.calibration.progress import Report, silent
+from tasks.validation.conditions import Conditions, conditions, snapshot
+from tasks.validation.energy import Meter
 from tasks.validation.latency_worker import LatencyWorker
 from tasks.validation.machine import Machine, machine
 from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, figure_name, worsening
@@ -51,12 +54,15 @@ SETTLE_S = 0.02
 """Between two subjects: OpenMP and thread pools of the last one spin a few milliseconds before they sleep."""
 CONTROL_TOLERANCE = 0.03
 """The control's interval may miss 1 by this much before the machine counts as noisy."""
+POWER = 0.8
+"""Probability with which a difference has to be told to count as one that a run could tell."""
 CONTROL_MAX_HALF_WIDTH = 0.15
 """A wider interval of the control says that the machine's noise hides differences of this size."""
 _SPEED: dict[str, Any] = {"aspect": "speed", "option": "validation.speed"}
 METRICS = (
     Metric(name="ttft_ms", title="TTFT", unit="ms", better="lower", **_SPEED),
     Metric(name="tpot_ms", title="TPOT", unit="ms", better="lower", **_SPEED),
+    Metric(name="latency_ms", title="end-to-end latency", unit="ms", better="lower", **_SPEED),
     Metric(name="throughput_tokens_per_s", title="throughput", unit="tokens/s", better="higher", **_SPEED),
     Metric(
         name="speedup_over_original",
@@ -129,7 +135,7 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
             "batch_sizes": (1,),
         }
         by_batch = {"batch_sizes": self.batch_sizes}
-        measured_of = {"ttft_ms": of_requests, "tpot_ms": of_requests, "peak_memory_mib": {}}
+        measured_of = {"ttft_ms": of_requests, "tpot_ms": of_requests, "latency_ms": of_requests, "peak_memory_mib": {}}
         return tuple(metric.model_copy(update=measured_of.get(metric.name, by_batch)) for metric in METRICS)
 
 
@@ -152,6 +158,14 @@ class Throughput(BaseModel, frozen=True, extra="forbid"):
     ratio_to_baseline: Estimate | None = None
 
 
+class BatchLatency(BaseModel, frozen=True, extra="forbid"):
+    """One subject at one batch size."""
+
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    latency_ms: Percentiles = Field(description="From the request to its last token.")
+
+
 class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     """One subject: batch size 1 unless said otherwise; intervals are 95 %, from resampled blocks."""
 
@@ -160,6 +174,12 @@ class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     inter_token_ms: Percentiles = Field(description="Over single gaps between tokens.")
     ttft_ratios_to_original: dict[str, Estimate] = Field(description="By percentile; below 1: faster.")
     tpot_ratios_to_original: dict[str, Estimate]
+    latency_ms: Percentiles | None = Field(None, description="From the request to its last token.")
+    latency_ratios_to_original: dict[str, Estimate] = Field({}, description="By percentile; below 1: faster.")
+    by_batch_size: dict[int, BatchLatency] = Field({}, description="The same latencies, of every batch size.")
+    energy_j_per_token: Estimate | None = Field(
+        None, description="Of the whole machine while it answered, prompts included. None: see `energy` of the summary."
+    )
     throughput: dict[int, Throughput] = Field(description="By batch size.")
     load_s: float = Field(description="From an empty process with our code to a session; files may be in the cache.")
     peak_memory_mib: float = Field(description="Largest resident set of its process, the Python runtime included.")
@@ -193,6 +213,11 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     num_groups: int
     elapsed_s: float
     machine: Machine | None = Field(None, description="What this machine can do at best, measured before the first.")
+    conditions: Conditions | None = Field(None, description="What the machine did meanwhile.")
+    energy: str = Field("", description="By which counters, or why it was not measured.")
+    detectable_percent: dict[str, float] = Field(
+        {}, description="By metric, the smallest difference that blocks like the control's tell with probability 80 %."
+    )
 
     def noise_factors(self) -> tuple[float, float]:
         """How far below and above 1 the original's ratio to itself may lie if the machine was noisy, else (1, 1)."""
@@ -216,14 +241,24 @@ class Timings:
     idle_cpu_s: float = 0.0
     batches: dict[int, list[list[float]]] = field(default_factory=dict)
     """By batch size: for each block, seconds until each token was chosen, [new_tokens]."""
+    joules: list[float] = field(default_factory=list)
+    """Of each block at batch size 1; empty: not measured."""
 
-    def ttft_ms(self) -> NDArray[np.float64]:
+    def ttft_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
         """[num_blocks, 1]."""
-        return np.asarray(1000 * np.array(self.batches[1])[:, :1], np.float64)
+        return np.asarray(1000 * np.array(self.batches[batch_size])[:, :1], np.float64)
 
-    def tpot_ms(self) -> NDArray[np.float64]:
+    def latency_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
+        """[num_blocks, 1]: until the last token."""
+        return np.asarray(1000 * np.array(self.batches[batch_size])[:, -1:], np.float64)
+
+    def joules_per_token(self) -> NDArray[np.float64]:
+        """[num_blocks, 1]; empty: not measured."""
+        return np.array(self.joules, np.float64)[:, None] / max(1, len(self.batches[1][0]))
+
+    def tpot_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
         """[num_blocks, 1]: (end - TTFT) / (new tokens - 1)."""
-        chosen = 1000 * np.array(self.batches[1])
+        chosen = 1000 * np.array(self.batches[batch_size])
         return np.asarray((chosen[:, -1:] - chosen[:, :1]) / (chosen.shape[1] - 1), np.float64)
 
     def inter_token_ms(self) -> NDArray[np.float64]:
@@ -260,7 +295,7 @@ def measure_speed(
     ends_at = started_at + 60 * options.max_minutes
     _check_names(subjects)
     prompts = Prompts(data, options)
-    limits = machine(threads)
+    limits, before, meter = machine(threads), snapshot(), Meter()
     groups: list[dict[str, Timings]] = []
     failed: dict[str, str] = {}
     waiting = list(subjects)
@@ -272,7 +307,7 @@ def measure_speed(
             now = time.monotonic()
             deadline = now + share * max(0.0, ends_at - now)
             _measure_blocks(
-                running, prompts, options, deadline, failed, report, num_before=len(groups), more=bool(left)
+                running, prompts, options, deadline, failed, meter, report, num_before=len(groups), more=bool(left)
             )
             for name, (worker, timing) in list(running.items()):
                 with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
@@ -283,8 +318,17 @@ def measure_speed(
             waiting = left
     _write_repetitions(groups, out / "repetitions.parquet")
     elapsed_s = time.monotonic() - started_at
+    while_measured = conditions(before, snapshot(), threads=threads)
     summary = summarize(groups, subjects, options, threads=threads, elapsed_s=elapsed_s)
-    return summary.model_copy(update={"failed": failed, "machine": limits})
+    return summary.model_copy(
+        update={
+            "failed": failed,
+            "machine": limits,
+            "conditions": while_measured,
+            "energy": meter.says,
+            "noise": f"{summary.noise} {while_measured.sentence}",
+        }
+    )
 
 
 Running = dict[str, tuple[LatencyWorker, Timings]]
@@ -387,6 +431,7 @@ def _measure_blocks(
     options: Speed,
     deadline: float,
     failed: dict[str, str],
+    meter: Meter,
     report: Report,
     *,
     num_before: int,
@@ -397,6 +442,7 @@ def _measure_blocks(
     Args:
         running: loses the subjects that fail.
         failed: receives them, and why.
+        meter: of energy.
         num_before: groups before this one.
         more: whether another group follows; how many do shows only when memory is full again.
     """
@@ -412,7 +458,10 @@ def _measure_blocks(
                 worker, timing = running[str(name)]
                 time.sleep(SETTLE_S)
                 with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
+                    joules = meter.joules()
                     timing.batches.setdefault(batch_size, []).append(worker.generate(input_ids, options.new_tokens))
+                    if meter.measures and batch_size == 1:
+                        timing.joules.append(meter.joules() - joules)
                 if name in failed:
                     del running[str(name)]
         step = num_before * options.num_blocks + block + 1
@@ -494,6 +543,17 @@ def summarize(
             ttft_ms=percentiles(timing.ttft_ms(), **how),
             tpot_ms=percentiles(timing.tpot_ms(), **how),
             inter_token_ms=percentiles(timing.inter_token_ms(), **how),
+            latency_ms=percentiles(timing.latency_ms(), **how),
+            latency_ratios_to_original=_ratios(timing.latency_ms(), original.latency_ms(), **how),
+            by_batch_size={
+                batch_size: BatchLatency(
+                    ttft_ms=percentiles(timing.ttft_ms(batch_size), **how),
+                    tpot_ms=percentiles(timing.tpot_ms(batch_size), **how),
+                    latency_ms=percentiles(timing.latency_ms(batch_size), **how),
+                )
+                for batch_size in options.batch_sizes
+            },
+            energy_j_per_token=median(timing.joules_per_token(), **how) if timing.joules else None,
             ttft_ratios_to_original=_ratios(timing.ttft_ms(), original.ttft_ms(), **how),
             tpot_ratios_to_original=_ratios(timing.tpot_ms(), original.tpot_ms(), **how),
             throughput=throughput,
@@ -509,7 +569,8 @@ def summarize(
         subjects=summaries,
         control=control,
         noisy=noisy,
-        noise=noise,
+        noise=noise + _smallest_difference(control),
+        detectable_percent=detectable_percent(control),
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         threads=threads,
@@ -541,6 +602,7 @@ def _pool(timings: Sequence[Timings]) -> Timings:
         idle_s=sum(timing.idle_s for timing in timings),
         idle_cpu_s=sum(timing.idle_cpu_s for timing in timings),
         batches=batches,
+        joules=[joules for timing in timings for joules in timing.joules],
     )
 
 
@@ -565,6 +627,24 @@ def judge_noise(control: Control) -> tuple[bool, str]:
     return False, f"Quiet enough: the original beside itself gives ratios of {shown}; they should be 1."
 
 
+def detectable_percent(control: Control) -> dict[str, float]:
+    """By metric, the difference that a comparison as noisy as the control's calls one with probability `POWER`.
+
+    An interval leaves out 1 where the difference is above its half width h, and at a difference of h it does so in half
+    of all runs. With h = z(0.975) standard errors, probability p needs z(p) standard errors more, which is
+    h (1 + z(p) / z(0.975)).
+    """
+    named = {"ttft_ms": control.ttft_ratio, "tpot_ms": control.tpot_ratio, "throughput": control.throughput_ratio}
+    more = 1 + NormalDist().inv_cdf(POWER) / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    return {name: 100 * more * (_high(e) - _low(e)) / 2 for name, e in named.items() if e.low is not None}
+
+
+def _smallest_difference(control: Control) -> str:
+    found = detectable_percent(control)
+    shown = ", ".join(f"{percent:.1f} % in {name.removesuffix('_ms')}" for name, percent in found.items())
+    return f" The smallest differences that this run would probably ({100 * POWER:.0f} %) have told: {shown}."
+
+
 def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
     """What a summary says of each metric of a subject; empty of one that was not measured."""
     subject, original = summary.subjects.get(name), summary.subjects[ORIGINAL]
@@ -578,9 +658,11 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
             better="lower",
         )
     }
-    for metric in ("ttft_ms", "tpot_ms"):
-        its: Percentiles = getattr(subject, metric)
-        others: Percentiles = getattr(original, metric)
+    for metric in ("ttft_ms", "tpot_ms", "latency_ms"):
+        its: Percentiles | None = getattr(subject, metric)
+        others: Percentiles | None = getattr(original, metric)
+        if its is None or others is None:
+            continue
         ratios: dict[str, Estimate] = getattr(subject, f"{metric.removesuffix('_ms')}_ratios_to_original")
         for percentile in PERCENTILES:
             found[figure_name(metric, percentile=percentile, batch_size=1)] = _beside(

@@ -19,8 +19,10 @@ from tasks.validation.latency import (
     Speed,
     Subject,
     Timings,
+    detectable_percent,
     judge_noise,
     measure_speed,
+    measured,
     summarize,
 )
 from tasks.validation.latency_worker import LatencyWorker
@@ -122,6 +124,57 @@ def test_a_machine_is_noisy_when_the_original_is_not_as_fast_as_itself(low, high
     assert f"[{low:.3f}, {high:.3f}]" in sentence
 
 
+def test_a_difference_that_a_run_could_tell_is_told_in_four_of_five_runs():
+    def run(seed: int, factor: float):
+        pair = {
+            name: timings(0.1, 0.04 * f, seed=2 * seed + k, blocks=8) for k, (name, f) in enumerate(factors(factor))
+        }
+        return summarize([pair], [], OPTIONS, threads=1, elapsed_s=1)
+
+    def factors(factor: float):
+        return [("original", 1.0), (CONTROL, factor)]
+
+    equal = [run(seed, 1.0) for seed in range(40)]
+    smallest = np.mean([summary.detectable_percent["tpot_ms"] for summary in equal])
+    assert 0.5 < smallest < 5  # blocks scatter by one percent
+    told = [run(seed, 1 + smallest / 100).control.tpot_ratio.low > 1 for seed in range(100, 180)]
+    assert 0.6 < np.mean(told) < 0.97
+    assert "smallest differences that this run would probably (80 %) have told" in equal[0].noise
+
+
+def test_a_single_block_tells_no_difference():
+    unknown = Estimate(value=1, low=None, high=None)
+    assert detectable_percent(Control(ttft_ratio=unknown, tpot_ratio=unknown, throughput_ratio=unknown)) == {}
+
+
+def test_latency_is_that_of_whole_requests_at_every_batch_size():
+    rows = [[0.5, 0.6, 0.9]] * 4
+    slower = [[1.0, 1.2, 1.8]] * 4
+    group = {
+        "original": Timings(load_s=0, size_bytes=1, group=0, batches={1: rows, 2: slower}, joules=[3.0, 3.0, 6.0, 3.0]),
+        CONTROL: Timings(load_s=0, size_bytes=1, group=0, batches={1: rows}),
+    }
+    original = summarize([group], [], OPTIONS, threads=1, elapsed_s=1).subjects["original"]
+    assert original.latency_ms.p95.value == pytest.approx(900)
+    assert original.by_batch_size[2].latency_ms.p50.value == pytest.approx(1800)
+    assert original.by_batch_size[2].tpot_ms.p50.value == pytest.approx(400)
+    assert original.energy_j_per_token.value == pytest.approx(1.0)
+
+
+def test_latency_is_a_metric_beside_the_original():
+    group = {
+        "original": timings(0.1, 0.04),
+        CONTROL: timings(0.1, 0.04, seed=1),
+        "int8": timings(0.05, 0.02, seed=2),
+    }
+    for timing in group.values():
+        timing.peak_memory_mib = 100.0
+    summary = summarize([group], [Subject(name="int8", bundle=Path("i"))], OPTIONS, threads=1, elapsed_s=1)
+    found = measured(summary, "int8")["latency_ms.p50.batch_1"]
+    assert found.value.value == pytest.approx(130, rel=0.02)
+    assert found.degradation_percent.value == pytest.approx(-50, abs=2)
+
+
 def test_prompts_are_evaluation_text_and_hardly_ever_the_same(small_data):
     prompts = Prompts(small_data, OPTIONS)
     tokens = np.load(small_data / "evaluation.npy").reshape(-1)
@@ -160,6 +213,10 @@ def test_engines_and_the_original_are_measured_side_by_side(tiny_checkpoint, tin
     assert subject.ttft_ms.num == 4
     assert subject.inter_token_ms.num == 4 * 4
     assert subject.throughput[2].num == 2
+    assert subject.by_batch_size[2].latency_ms.num == 2
+    assert summary.conditions.versions["onnxruntime"]
+    assert "other processes used" in summary.noise.lower()
+    assert summary.energy.startswith(("not measured: there is no", "RAPL", "not measured: "))
     assert 20 < subject.peak_memory_mib < summary.subjects["original"].peak_memory_mib  # PyTorch is not loaded
     assert subject.size_bytes == sum(f.stat().st_size for f in tiny_bundle.iterdir())
     assert [step for step, _, _ in told] == [1, 2, 3, 4]
