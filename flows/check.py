@@ -154,6 +154,9 @@ def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
             timed = [model_mib] * 2 + subjects  # the original and its control
             together = sum(timed) + PROCESS_MIB / 2 * len(timed)
             stages.append(PROCESS_MIB + min(together, recipe.validation.speed.max_memory_mib))  # in groups, beyond it
+    if load := recipe.validation.load:
+        together = sum(_served_mib(model_mib, c, e) + PROCESS_MIB for c, e in _subjects(recipe))  # with tokenizers
+        stages.append(PROCESS_MIB + min(together, load.max_memory_mib))
     return max(stages)
 
 

@@ -52,7 +52,7 @@ GOODPUT = Metric(
     title="goodput",
     unit="requests/s",
     better="higher",
-    **_LOAD,
+    **_LOAD | {"option": "validation.load.within"},
 )
 CAPACITY_REQUESTS = Metric(
     name="capacity_requests_per_s",

@@ -44,6 +44,15 @@ def test_engines_measured_at_once_stay_within_their_limit():
     assert large > small
 
 
+def test_engines_under_load_stay_within_their_limit():
+    small, large = (
+        peak_memory_mib(recipe({"quantization": INT8}, load={"max_memory_mib": mib}), 100_000_000)
+        for mib in (1000, 90_000)
+    )
+    assert small == pytest.approx(1000 + check.PROCESS_MIB)
+    assert large > small
+
+
 def test_quantized_bundles_take_a_quarter_of_the_disk():
     model_mib = 4 * BILLION / 2**20
     unquantized = disk_mib(recipe({}), BILLION, 0)

@@ -11,7 +11,7 @@ from infra.isolation import StageCrashed, StageError, StageFailed
 WEIGHTS = {"bits": 8, "symmetric": True}
 
 
-def recipe(tmp_path, **candidates: dict) -> Recipe:
+def recipe(tmp_path, validation: dict | None = None, **candidates: dict) -> Recipe:
     (tmp_path / "config.json").write_text("{}")
     int8 = {"quantization": {"method": "rtn", "weights": WEIGHTS}}
     return parse(
@@ -19,6 +19,7 @@ def recipe(tmp_path, **candidates: dict) -> Recipe:
             "name": "tiny",
             "source": str(tmp_path),
             "candidates": {"int8": int8, "plain": {}, **candidates},
+            "validation": validation or {},
             "engines": [
                 {"engine": "onnxruntime", "precision": "float32"},
                 {"engine": "openvino", "precision": "float32"},
@@ -33,6 +34,7 @@ class Stages:
     def __init__(self, failing: dict[str, StageError]) -> None:
         self.failing = failing
         self.timed: list[str] = []
+        self.loaded: list[str] = []
 
     def __call__(self, task, label="", /, **arguments):
         title = f"{label} {task.name}".strip()
@@ -41,6 +43,9 @@ class Stages:
         if task.name == "measure-speed":
             self.timed = list(arguments["bundles"])
             assert set(arguments["baselines"].values()) <= set(self.timed)
+        if task.name == "measure-load":
+            self.loaded = list(arguments["bundles"])
+            assert arguments["options"].users == (1, 4)
         return SimpleNamespace(artifact=None, metrics={})
 
 
@@ -56,6 +61,16 @@ def test_an_engine_that_crashes_ends_what_it_was_for_and_nothing_else(tmp_path):
     assert "int8/onnxruntime" in run.timed
     assert "int8/openvino" not in run.timed
     assert len(run.timed) == 5
+
+
+def test_every_engine_that_answers_is_put_under_load_when_the_recipe_asks(tmp_path):
+    failing = {"int8/openvino measure-quality": StageCrashed("died")}
+    products, run = made(failing, recipe(tmp_path, {"load": {}}))
+    assert products.load
+    assert run.loaded == run.timed
+    products, run = made({}, recipe(tmp_path))
+    assert products.load is None
+    assert not run.loaded
 
 
 def test_a_checkpoint_that_cannot_be_made_fails_in_every_engine(tmp_path):

@@ -183,3 +183,28 @@ def test_a_file_that_holds_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         load(tmp_path / "recipe.yaml")
+
+
+def test_load_and_price_give_metrics_that_can_be_limited():
+    within = {"latency_ms": 2000}
+    limits = {
+        "goodput_requests_per_s": {"min": 1},
+        "cost_per_million_tokens": {"max": 2, "batch_size": 8},
+        "cost_per_million_tokens_under_load": {"max": 2},
+    }
+    price = {"amount": 0.1, "currency": "EUR"}
+    found = parse(changed(validation={"load": {"within": within}, "price_per_hour": price, "limits": limits}))
+    metrics = found.validation.metrics()
+    assert metrics["cost_per_million_tokens"].unit == "EUR per 10⁶ tokens"
+    without_price = refusal(changed(validation={"limits": {"cost_per_million_tokens": {"max": 2}}}))
+    assert "cost_per_million_tokens" in without_price
+    assert "price_per_hour" in without_price
+    without_load = refusal(changed(validation={"limits": {"goodput_requests_per_s": {"min": 1}}}))
+    assert "validation.load" in without_load
+
+
+def test_a_price_without_a_measured_throughput_is_refused():
+    price = {"amount": 0.1, "currency": "EUR"}
+    assert "`price_per_hour` needs a measured throughput" in refusal(
+        changed(validation={"speed": None, "price_per_hour": price})
+    )
