@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from infra.settings import settings
 from infra.tracking import FlowRun, find_flow_run, report_figures, run_url
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
+from tasks.validation.load import LoadSummary
 from tasks.validation.report import Curve, Distribution, Quantized, ReportData, Row, Stage, render
 
 Titled = TypeVar("Titled", Stage, Curve, Quantized)
@@ -96,6 +97,7 @@ def join(runs: Sequence[tuple[str, ReportData]]) -> ReportData:
             "elapsed_s": 0.0,
             "rows": tuple(rows),
             "speed": _speeds(runs, subjects),
+            "load": _loads(runs),
             "distributions": tuple(distributions),
             "metrics": {name: metric for _, data in runs for name, metric in data.metrics.items()},
             "winner": None,
@@ -124,6 +126,15 @@ def _speeds(runs: Sequence[tuple[str, ReportData]], subjects: dict[str, SubjectS
     noise = " ".join(f"{run}: {speed.noise}" for run, speed in measured)
     noisy = any(speed.noisy for _, speed in measured)
     return measured[0][1].model_copy(update={"subjects": subjects, "noisy": noisy, "noise": noise})
+
+
+def _loads(runs: Sequence[tuple[str, ReportData]]) -> LoadSummary | None:
+    """The first summary with all subjects in it."""
+    measured = [(run, data.load) for run, data in runs if data.load]
+    if not measured:
+        return None
+    subjects = {f"{run}: {name}": subject for run, load in measured for name, subject in load.subjects.items()}
+    return measured[0][1].model_copy(update={"subjects": subjects})
 
 
 def incomparable(runs: Sequence[tuple[str, ReportData]]) -> list[str]:

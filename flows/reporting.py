@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, figures_of, original_size_bytes, quality_of, speed_of
+from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -69,6 +69,7 @@ def report_data(
         reference=ReferenceSummary.model_validate(products.reference.metrics),
         rows=tuple(_rows(recipe, products, judgements, diagnoses, parent)),
         speed=speed_of(products),
+        load=load_of(products),
         metrics=recipe.validation.metrics(),
         winner=winner,
         register_note=_why_not_registered(recipe, winner),

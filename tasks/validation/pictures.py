@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.validation.report import DISTRIBUTIONS, FIGURES_OF_FRONT, Line, ReportData, engines_of, front_points, lines
+from tasks.validation.report import (
+    DISTRIBUTIONS,
+    FIGURES_OF_FRONT,
+    LOADS,
+    Line,
+    ReportData,
+    engines_of,
+    front_points,
+    lines,
+    load_curves,
+    point_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +36,14 @@ def draw(data: ReportData, folder: Path) -> list[Path]:
     for metric, label in DISTRIBUTIONS.items():
         if any(each.metric == metric for each in data.distributions):
             drawn[f"latency-{metric}"] = _spreads(data, metric, label)
+    for name, curves in load_curves(data).items():
+        x_label, y_label = LOADS[name]
+        figure, axes = _axes(x_label, y_label, f"{data.title}: {y_label}")
+        for index, (subject, levels) in enumerate(curves):
+            xs, ys = zip(*(point_of(level) for level in levels), strict=True)
+            axes.plot(xs, ys, color=COLOURS[index % 5], marker=MARKERS[index % 5], label=subject)
+        axes.legend(fontsize=8, frameon=False)
+        drawn[f"load-{name}"] = figure
     for line in lines(data):
         name = line.row.name.replace("/", "-").replace(": ", "-").replace(" ", "_")
         if line.row.judgement and any(check.measured is not None for check in line.row.judgement.checks):

@@ -18,7 +18,8 @@ from rich.text import Text
 from tasks.validation import charts
 from tasks.validation.diagnosis import Diagnosis
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
-from tasks.validation.measured import Measured, Metric
+from tasks.validation.load import Level, LoadSummary
+from tasks.validation.measured import Measured, Metric, metric_of
 from tasks.validation.pareto import pareto_front
 from tasks.validation.quality import QualitySummary, ReferenceSummary
 from tasks.validation.statistics import Estimate
@@ -129,6 +130,7 @@ class ReportData(BaseModel, frozen=True, extra="forbid"):
     reference: ReferenceSummary
     rows: tuple[Row, ...]
     speed: SpeedSummary | None
+    load: LoadSummary | None = None
     metrics: dict[str, Metric] = Field(default_factory=dict, description="What was measured, by name.")
     winner: str | None = Field(description="Name of the row that was chosen.")
     registered: str | None = Field(None, description="The model version: 'smollm2-135m version 3, alias candidate'.")
@@ -165,6 +167,9 @@ def render(data: ReportData, out: Path) -> Path:
         headline=headline(data),
         charts=_charts(data),
         spreads=_spreads(data),
+        load_charts=_load_charts(data),
+        measured_by_figure=measured_by_figure(data),
+        has_tasks=any(metric.option.startswith("validation.tasks") for metric in data.metrics.values()),
         block_errors=_block_errors,
         check_bar=_check_bar,
         curve=charts.curve,
@@ -359,6 +364,64 @@ def _spreads(data: ReportData) -> list[Markup]:
         if rows:
             drawn.append(charts.spreads(rows, x_label=x_label))
     return drawn
+
+
+LOADS = {
+    "latency": ("requests per second", "time to the last token, p90, ms"),
+    "served": ("users at a time", "output tokens per second"),
+}
+
+
+def load_curves(data: ReportData) -> dict[str, list[tuple[str, list[Level]]]]:
+    """The levels of each subject that each chart of LOADS draws: open loops by rate, closed ones by users."""
+    found: dict[str, list[tuple[str, list[Level]]]] = {name: [] for name in LOADS}
+    for subject, load in (data.load.subjects if data.load else {}).items():
+        opened = [level for level in load.levels if level.loop == "open" and level.latency_ms]
+        closed = [level for level in load.levels if level.loop == "closed"]
+        if opened:
+            ordered = sorted(opened, key=lambda level: level.offered_requests_per_s or 0.0)
+            found["latency"].append((subject, ordered))
+        if closed:
+            found["served"].append((subject, sorted(closed, key=lambda level: level.users or 0)))
+    return {name: curves for name, curves in found.items() if curves}
+
+
+def point_of(level: Level) -> tuple[float, float]:
+    """Where a level's mark is in its chart."""
+    if level.loop == "closed":
+        return float(level.users or 0), level.tokens_per_s.value
+    assert level.latency_ms
+    return level.offered_requests_per_s or 0.0, level.latency_ms.p90.value
+
+
+def _load_charts(data: ReportData) -> list[Markup]:
+    drawn = []
+    order = list(data.load.subjects) if data.load else []
+    for name, curves in load_curves(data).items():
+        x_label, y_label = LOADS[name]
+        told = []
+        for subject, levels in curves:
+            xs, ys = zip(*(point_of(level) for level in levels), strict=True)
+            tooltips = tuple(
+                f"{subject}: {number(x)} {x_label}, {number(y)} ({y_label}), {number(level.requests_per_s.value)} "
+                f"requests per second completed{', saturated' if level.saturated else ''}"
+                for level, x, y in zip(levels, xs, ys, strict=True)
+            )
+            told.append(charts.Line(label=subject, xs=xs, ys=ys, tooltips=tooltips, series=order.index(subject)))
+        within = data.load.options.within if data.load else None
+        limit = within.latency_ms if within and name == "latency" else None
+        drawn.append(charts.curves(told, x_label=x_label, y_label=y_label, limit=limit))
+    return drawn
+
+
+def measured_by_figure(data: ReportData) -> list[tuple[str, Metric, list[Measured | None]]]:
+    """(figure, its metric, what was measured of each row that has any figure); figures in the order of metrics."""
+    rows = [row for row in data.rows if row.figures]
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    known = [(name, data.metrics[metric_of(name, data.metrics)]) for name in names]
+    order = list(data.metrics)
+    known.sort(key=lambda each: order.index(each[1].name))
+    return [(name, metric, [row.figures.get(name) for row in rows]) for name, metric in known]
 
 
 def _block_errors(diagnosis: Diagnosis) -> Markup:

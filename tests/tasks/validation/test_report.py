@@ -1,6 +1,7 @@
 import html.parser
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
@@ -11,6 +12,7 @@ from tasks.validation.diagnosis import Facts, LayerError, explain
 from tasks.validation.latency import Speed, Subject, Timings, summarize
 from tasks.validation.latency import measured as measured_speed
 from tasks.validation.limits import Limits
+from tasks.validation.load import Level, Load, LoadSummary, SubjectLoad, Within
 from tasks.validation.measured import Measured, Metric
 from tasks.validation.metrics import by_name
 from tasks.validation.pictures import draw
@@ -30,11 +32,12 @@ from tasks.validation.report import (
     headline,
     interval,
     lines,
+    load_curves,
     number,
     render,
     terminal_table,
 )
-from tasks.validation.statistics import Estimate, exactly
+from tasks.validation.statistics import Estimate, exactly, percentiles
 from tasks.validation.verdicts import judge
 
 LIMITS = Limits.model_validate({"perplexity": {"max_degradation_percent": 3}, "never_slower_than": ["original"]})
@@ -296,6 +299,76 @@ def test_page_draws_a_distribution_per_subject_and_metric(diagnosed, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert text.count('<g class="spread') == 2 * 3
     assert "half of 6 between 2.00 and 4.00, median 3.00" in text
+
+
+def level(loop: str, at: float, latency_ms: float) -> Level:
+    times = percentiles(np.full((4, 3), latency_ms), seed=0)
+    return Level(
+        loop=loop,
+        users=int(at) if loop == "closed" else None,
+        offered_requests_per_s=at if loop == "open" else None,
+        window_s=10.0,
+        num_requests=12,
+        num_unfinished=0,
+        num_given_up=0,
+        requests_per_s=exactly(at),
+        tokens_per_s=exactly(10 * at),
+        queue_growth_per_s=0.0,
+        saturated=at > 3,
+        ttft_ms=times,
+        tpot_ms=times,
+        latency_ms=times,
+        fraction_within=None,
+        goodput_requests_per_s=None,
+    )
+
+
+@pytest.fixture
+def loaded(diagnosed) -> ReportData:
+    levels = tuple(level("open", at, 100 * at) for at in (1.0, 4.0, 2.0))
+    levels += tuple(level("closed", at, 50.0) for at in (1.0, 4.0))
+    subject = SubjectLoad(
+        levels=levels,
+        capacity_requests_per_s=exactly(4.0),
+        capacity_tokens_per_s=exactly(40.0),
+        saturated_at_requests_per_s=4.0,
+        goodput_requests_per_s=exactly(2.0),
+        load_s=1.0,
+        peak_memory_mib=100.0,
+    )
+    options = Load(within=Within(latency_ms=300))
+    load = LoadSummary(subjects={"int8/openvino": subject}, options=options, threads=2, elapsed_s=9.0)
+    return diagnosed.model_copy(update={"load": load})
+
+
+def test_page_draws_load_curves_in_the_order_of_rates_with_the_limit(loaded, tmp_path):
+    page = page_of(loaded, tmp_path)
+    assert "at most 8 requests at a time, 2 threads" in page.text
+    text = (tmp_path / "report.html").read_text()
+    assert text.count('<polyline class="load') == 2
+    assert "int8/openvino: 4.00 requests per second, 400 (time to the last token, p90, ms)" in text
+    assert "4.00 requests per second completed, saturated" in text
+    assert "limit 300" in text
+    assert [level.offered_requests_per_s for _, levels in load_curves(loaded)["latency"] for level in levels] == [
+        1,
+        2,
+        4,
+    ]
+    assert {path.name for path in draw(loaded, tmp_path)} > {"load-latency.png", "load-served.png"}
+
+
+def test_page_lists_every_figure_and_tasks_apart(diagnosed, tmp_path):
+    assert "1 figures per bundle" in page_of(diagnosed, tmp_path).text
+    assert "Tasks" not in page_of(diagnosed, tmp_path).text
+    bleu = Metric(
+        name="news.bleu", title="BLEU", unit="", better="higher", aspect="quality", option="validation.tasks.news"
+    )
+    score = Measured(value=Estimate(value=31.4, low=30.1, high=32.7), original=32.0, degradation_percent=exactly(1.9))
+    rows = tuple(row.model_copy(update={"figures": {**row.figures, "news.bleu": score}}) for row in diagnosed.rows)
+    update = {"rows": rows, "metrics": {**diagnosed.metrics, "news.bleu": bleu}}
+    text = page_of(diagnosed.model_copy(update=update), tmp_path).text
+    assert "news.bleuhigher is better" in text
+    assert "1.9 % worse" in text
 
 
 def test_every_plot_is_a_png_too(diagnosed, tmp_path):
