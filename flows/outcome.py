@@ -47,7 +47,7 @@ class Outcome(BaseModel, frozen=True):
         return found
 
     def markdown(self) -> str:
-        """The verdicts as a table for the Prefect page."""
+        """The verdicts as a table for the Prefect page, and below it what they rest on, with the reasons."""
         rows = ["| candidate | size MiB | perplexity | TTFT ms | TPOT ms | verdict |", "|---|---|---|---|---|---|"]
         for line in lines(self.data):
             verdict = line.row.judgement.verdict if line.row.judgement else line.row.status
@@ -55,6 +55,11 @@ class Outcome(BaseModel, frozen=True):
             tpot = _cell(line.speed.tpot_ms.p50 if line.speed else None)
             size_mib = f"{line.row.size_bytes / 2**20:.1f}" if line.row.size_bytes else ""
             rows.append(f"| {line.row.name} | {size_mib} | {_cell(line.perplexity)} | {ttft} | {tpot} | {verdict} |")
+        for row in self.data.rows:
+            if row.judgement:
+                rows += ["", f"**{row.name}: {row.judgement.verdict}** {row.judgement.sentence}"]
+            if row.diagnosis:
+                rows += [f"* {finding.sentence}" for finding in row.diagnosis.findings]
         return "\n".join(rows)
 
 
