@@ -127,6 +127,12 @@ def notes(recipe: Recipe) -> list[str]:
         for name, engine in engines.items()
         if not engine.missing() and not engine.executable
     ]
+    rounds = recipe.validation.if_inconclusive.max_rounds
+    if rounds and recipe.validation.limits.metrics():
+        found.append(
+            f"what the first measurement leaves undecided is measured again, up to {rounds} time{'s' * (rounds > 1)}; "
+            "these stages are not listed here."
+        )
     for name, candidate in recipe.candidates.items():
         trained = candidate.distillation or candidate.recovery
         if trained and any(grid.zero_point == "real" for grid in grids_of(candidate.quantization)):

@@ -1,8 +1,7 @@
 """Which candidates may be served, and which of them is the best: verdicts from what was measured."""
 
-from flows.pipeline import Products, is_candidate
+from flows.pipeline import Products, baselines, is_candidate
 from flows.recipe import Recipe
-from tasks.validation import Price
 from tasks.validation.benchmarks.measuring import BenchmarkSummary
 from tasks.validation.benchmarks.measuring import measured as measured_benchmark
 from tasks.validation.cost import measured as measured_cost
@@ -12,13 +11,16 @@ from tasks.validation.load import LoadSummary
 from tasks.validation.load import measured as measured_load
 from tasks.validation.measured import Measured
 from tasks.validation.metrics import measured_size
+from tasks.validation.plausibility import implausibly_fast
+from tasks.validation.pooling import pooled_quality, pooled_speed
 from tasks.validation.quality import QualitySummary
 from tasks.validation.quality import measured as measured_quality
+from tasks.validation.statistics import CONFIDENCE
 from tasks.validation.verdicts import QUIET, Judgement, failed, judge
 
 
 def speed_of(products: Products) -> SpeedSummary | None:
-    """What was measured of all engines' speed, or None if it was not."""
+    """What was measured of all engines' speed in the first measurement, or None if it was not."""
     return SpeedSummary.model_validate(products.speed.metrics) if products.speed else None
 
 
@@ -33,36 +35,92 @@ def original_size_bytes(products: Products) -> int:
 
 
 def quality_of(products: Products) -> dict[str, QualitySummary]:
-    """What was measured of each engine bundle's answers."""
+    """What was measured of each engine bundle's answers in the first measurement."""
     return {key: QualitySummary.model_validate(stage.metrics) for key, stage in products.quality.items()}
 
 
-def figures_of(products: Products, price: Price | None = None) -> dict[str, dict[str, Measured]]:
-    """What was measured of each engine bundle, whoever measured it, and what it costs at `price`."""
-    speed, load, quality = speed_of(products), load_of(products), quality_of(products)
+def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> SpeedSummary | None:
+    """What all measurements together say of the engines' speed."""
+    stages = [products.speed, *(again.speed for again in products.rounds)]
+    measurements = [(s.artifact.path, SpeedSummary.model_validate(s.metrics)) for s in stages if s]
+    options = recipe.validation.speed
+    if not measurements or options is None:
+        return None
+    if len(measurements) == 1 and confidence == CONFIDENCE:
+        return measurements[0][1]
+    return pooled_speed(measurements, baselines(products.bundles), options, confidence=confidence)
+
+
+def quality_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> dict[str, QualitySummary]:
+    """What all measurements together say of each engine bundle's answers."""
+    found = quality_of(products)
+    for key, stage in products.quality.items():
+        stages = [stage, *(again.quality[key] for again in products.rounds if key in again.quality)]
+        if len(stages) > 1 or confidence != CONFIDENCE:
+            paths = [each.artifact.path for each in stages]
+            found[key] = pooled_quality(paths, seed=recipe.validation.quality.seed, confidence=confidence)
+    return found
+
+
+def figures_of(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> dict[str, dict[str, Measured]]:
+    """What was measured of each engine bundle, whoever measured it, and what it costs at the recipe's price."""
+    speed, quality = speed_of_all(recipe, products, confidence), quality_of_all(recipe, products, confidence)
+    load, price = load_of(products), recipe.validation.price_per_hour
     original_size = original_size_bytes(products)
     found = {}
     for key, bundle in products.bundles.items():
         found[key] = measured_size(bundle.artifact.size_bytes, original_size)
-        found[key] |= measured_quality(quality[key]) if key in quality else {}
+        looked_at = {
+            **(measured_quality(quality[key]) if key in quality else {}),
+            **(measured_speed(speed, key) if speed else {}),
+        }
+        found[key] |= {name: its.model_copy(update={"confidence": confidence}) for name, its in looked_at.items()}
         for name, stage in products.benchmarks.get(key, {}).items():
             found[key] |= measured_benchmark(name, BenchmarkSummary.model_validate(stage.metrics))
-        found[key] |= measured_speed(speed, key) if speed else {}
         found[key] |= measured_load(load, key) if load else {}
         found[key] |= measured_cost(price, found[key]) if price else {}
     return found
 
 
 def judge_candidates(recipe: Recipe, products: Products) -> dict[str, Judgement]:
-    """The verdict on every candidate in every engine; the unchanged model in the same engines is not judged."""
-    speed, metrics = speed_of(products), recipe.validation.metrics()
+    """The verdict on every candidate in every engine; the unchanged model in the same engines is not judged.
+
+    The first look and every later one use intervals of the same confidence, so that all looks together err as seldom
+    as one at 95 %.
+    """
+    confidence = recipe.validation.if_inconclusive.confidence
+    speed, metrics = speed_of_all(recipe, products), recipe.validation.metrics()
     noise = speed.noise_factors() if speed else QUIET
     judged = {
-        key: judge(recipe.validation.limits, figures, metrics, noise=noise)
-        for key, figures in figures_of(products, recipe.validation.price_per_hour).items()
+        key: judge(
+            recipe.validation.limits,
+            figures,
+            metrics,
+            noise=noise,
+            anomalies=_too_fast(key, products, speed),
+        )
+        for key, figures in figures_of(recipe, products, confidence).items()
         if is_candidate(key)
     }
     return judged | {key: failed(reason) for key, reason in failures(products).items() if is_candidate(key)}
+
+
+def _too_fast(key: str, products: Products, speed: SpeedSummary | None) -> list[str]:
+    """A sentence if a candidate decodes faster than the machine reads its weights.
+
+    Of its files, a token may leave the embedding table unread but for a row, in float32 at most.
+    """
+    subject = speed.subjects.get(key) if speed else None
+    if subject is None or speed is None or speed.machine is None or "tensorrt" in key.split("/", 1)[1]:
+        return []
+    files, about = products.bundles[key].metrics, products.original.metrics
+    known = (files.get("engine_size_bytes"), about.get("vocab_size"), about.get("hidden_size"))
+    if None in known:  # a bundle of elsewhere, or compared with one
+        return []
+    size_bytes, vocab_size, hidden_size = (int(str(value)) for value in known)
+    weight_bytes = size_bytes - 4 * vocab_size * hidden_size
+    sentence = implausibly_fast(subject.tpot_ms, weight_bytes, speed.machine)
+    return [sentence] if sentence else []
 
 
 def failures(products: Products) -> dict[str, str]:

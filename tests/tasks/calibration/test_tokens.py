@@ -18,6 +18,7 @@ from tasks.calibration.tokens import (
     check_vocabulary,
     load_record,
     load_tokens,
+    more_windows,
     prepare_data,
 )
 
@@ -296,3 +297,63 @@ def test_corpora_without_download_are_prepared(tiny_checkpoint: Path, tmp_path: 
     assert (summary.num_training_sequences, summary.num_evaluation_windows) == (100, 12)
     roles = load_record(tmp_path / "out")["roles"]
     assert set(roles["evaluation"]["documents"]).isdisjoint(roles["training"]["documents"])
+
+
+def _more(checkpoint: Path, data: Data, prepared: Path, out: Path, num_windows: int) -> tokens.MoreWindows:
+    out.mkdir()
+    skip = data.num_evaluation_windows
+    return more_windows(
+        checkpoint=checkpoint, data=data, prepared=prepared, seed=0, skip=skip, num_windows=num_windows, out=out
+    )
+
+
+def test_more_windows_are_those_that_more_windows_asked_for_at_first_would_have_been(tiny_checkpoint, texts, tmp_path):
+    few, many = _data(texts), _data(texts, num_evaluation_windows=18)
+    _prepare(tiny_checkpoint, few, tmp_path / "few")
+    _prepare(tiny_checkpoint, many, tmp_path / "many")
+    summary = _more(tiny_checkpoint, few, tmp_path / "few", tmp_path / "more", 6)
+    assert (summary.num_evaluation_windows, summary.num_dropped_windows) == (6, 0)
+    for name in ("evaluation", "evaluation_documents"):
+        first, rest, all_of_them = (np.load(tmp_path / d / f"{name}.npy") for d in ("few", "more", "many"))
+        assert np.array_equal(np.concatenate([first, rest]), all_of_them)
+    whole, more = load_record(tmp_path / "many"), load_record(tmp_path / "more")
+    assert more["evaluation_bytes_per_window"] == whole["evaluation_bytes_per_window"][12:]
+
+
+def test_more_windows_end_with_the_corpus(tiny_checkpoint, texts, tmp_path):
+    data = _data(texts)
+    _prepare(tiny_checkpoint, data, tmp_path / "data")
+    all_left = _more(tiny_checkpoint, data, tmp_path / "data", tmp_path / "all", 100_000)
+    assert 0 < all_left.num_evaluation_windows < 100_000
+    none_left = more_windows(
+        checkpoint=tiny_checkpoint,
+        data=data,
+        prepared=tmp_path / "data",
+        seed=0,
+        skip=12 + all_left.num_evaluation_windows,
+        num_windows=5,
+        out=_made(tmp_path / "none"),
+    )
+    assert none_left.num_evaluation_windows == 0
+    assert load_tokens(tmp_path / "none", "evaluation").shape == (0, 64)
+
+
+def test_more_windows_leave_out_what_was_trained_on(tiny_checkpoint, texts, tmp_path):
+    data = _data(texts)
+    _prepare(tiny_checkpoint, data, tmp_path / "data")
+    first = _more(tiny_checkpoint, data, tmp_path / "data", tmp_path / "more", 6)
+    numbers = np.load(tmp_path / "more" / "evaluation_documents.npy")
+    many = _prepare(tiny_checkpoint, _data(texts, num_evaluation_windows=18), tmp_path / "many")
+    name = load_record(tmp_path / "many")["roles"]["evaluation"]["documents"][numbers[0]]
+    trained_on = load_record(tmp_path / "data")["roles"]["training"]["documents"][0]
+    copied = next(path for path in texts.iterdir() if path.name in trained_on)
+    copied.write_text(next(path for path in texts.iterdir() if path.name in name).read_text())
+    again = _more(tiny_checkpoint, data, tmp_path / "data", tmp_path / "again", 6)
+    assert again.num_dropped_windows >= 1
+    assert again.num_evaluation_windows == first.num_evaluation_windows - again.num_dropped_windows
+    assert many.num_evaluation_windows == 18
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory

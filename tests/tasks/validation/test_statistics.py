@@ -39,15 +39,15 @@ def test_perplexity_is_exp_of_total_loss_by_total_tokens_not_the_mean_of_windows
 
 def test_interval_equals_that_of_documents_drawn_in_slow_loops():
     rng = np.random.default_rng(1)
-    clusters = np.repeat(np.arange(12), [1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1])
-    values, weights = rng.gamma(2.0, size=42), rng.integers(1, 9, 42)
+    clusters = np.repeat(np.arange(36), [1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1] * 3)
+    values, weights = rng.gamma(2.0, size=126), rng.integers(1, 9, 126)
     estimate = bootstrap_ratio_of_sums(values, weights, clusters, seed=3)
-    slow = naive_cluster_bootstrap(values, weights, clusters, 2000, rng)
-    tail = expanded_tail(12)
+    slow = naive_cluster_bootstrap(values, weights, clusters, 400, rng)
+    tail = expanded_tail(36)
     low, high = np.quantile(slow, [tail, 1 - tail])
-    # both ends are Monte Carlo estimates at a tail of about 1 %: 2000 draws leave a few percent of the width
-    assert estimate.low == pytest.approx(low, abs=0.12 * (high - low))
-    assert estimate.high == pytest.approx(high, abs=0.12 * (high - low))
+    # both ends are Monte Carlo estimates at a tail of about 1 %: 400 draws leave some percent of the width
+    assert estimate.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert estimate.high == pytest.approx(high, abs=0.15 * (high - low))
 
 
 def test_windows_of_one_document_do_not_count_as_independent():
@@ -138,7 +138,7 @@ def test_many_clusters_need_no_expansion():
 
 
 def test_the_same_seed_gives_the_same_interval():
-    values = np.random.default_rng(0).random(9)
-    first, again, other = (bootstrap_ratio_of_sums(values, np.ones(9), np.arange(9), seed=seed) for seed in (1, 1, 2))
+    values = np.random.default_rng(0).random(40)
+    first, again, other = (bootstrap_ratio_of_sums(values, np.ones(40), np.arange(40), seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
