@@ -12,6 +12,7 @@ batch of requests from its start, prompts included. The load is closed-loop: the
 Every prompt is new, so no prefix cache answers.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -486,7 +487,14 @@ def _write_repetitions(groups: Sequence[dict[str, Timings]], path: Path) -> None
     import pandas as pd
 
     rows = [
-        {"group": group, "subject": name, "batch_size": batch_size, "block": block, "chosen_after_s": chosen}
+        {
+            "group": group,
+            "subject": name,
+            "batch_size": batch_size,
+            "block": block,
+            "chosen_after_s": chosen,
+            "joules": timing.joules[block] if batch_size == 1 and block < len(timing.joules) else None,
+        }
         for group, timings in enumerate(groups)
         for name, timing in timings.items()
         for batch_size, blocks in timing.batches.items()
@@ -677,6 +685,7 @@ def read_groups(directory: Path, summary: SpeedSummary) -> list[dict[str, Timing
             ),
         )
         timing.batches[int(batch_size)] = [[float(second) for second in chosen] for chosen in its["chosen_after_s"]]
+        timing.joules += [float(joules) for joules in its["joules"] if joules is not None and not math.isnan(joules)]
     return groups
 
 

@@ -51,4 +51,5 @@ def pooled_speed(
         confidence=confidence,
     )
     failed = {name: reason for _, summary in measurements for name, reason in summary.failed.items()}
-    return pooled.model_copy(update={"failed": failed, "machine": first.machine})
+    of_first = {name: getattr(first, name) for name in ("machine", "conditions", "energy")}
+    return pooled.model_copy(update={"failed": failed, **of_first})

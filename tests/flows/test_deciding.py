@@ -29,6 +29,7 @@ def items(loss_percent: float, *, first_document: int, num: int = 8, spread: flo
             "nll": 500 * (3 + per_token),
             "original_nll": 1500.0,
             "num_same_top1": 480,
+            "num_same_top5": 2400,
             "num_kl_positions": 10,
             "kl_sum": 0.1,
         }

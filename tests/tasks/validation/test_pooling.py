@@ -18,7 +18,7 @@ def group(rng, slow: float, *names: str, num_blocks: int = 8) -> dict[str, Timin
             slow * factor[name] * np.exp(0.02 * rng.normal(size=(num_blocks, 1))) * np.array([[0.1, 0.11, 0.12, 0.13]])
         )
         batches = {1: times.tolist(), 2: times[:3].tolist()}
-        found[name] = Timings(load_s=1, size_bytes=9, group=0, peak_memory_mib=5, batches=batches)
+        found[name] = Timings(load_s=1, size_bytes=9, group=0, peak_memory_mib=5, batches=batches, joules=[3.0] * 8)
     return found
 
 
@@ -35,6 +35,7 @@ def test_one_measurement_pooled_is_that_measurement(tmp_path):
     pooled = pooled_speed([one], BASELINES, OPTIONS)
     assert pooled.subjects["int8"].tpot_ms == one[1].subjects["int8"].tpot_ms
     assert pooled.subjects["int8"].throughput == one[1].subjects["int8"].throughput
+    assert pooled.subjects["int8"] == one[1].subjects["int8"].model_copy(update={"idle_cpu_percent": 0.0})
     assert pooled.control == one[1].control
 
 
@@ -66,7 +67,7 @@ def test_windows_of_two_measurements_are_one_sample_of_their_documents(tmp_path)
         (tmp_path / str(part)).mkdir()
         original = 500 * (3 + rng.normal(0, 0.1, 10))
         items = {"document": 5 * part + np.arange(10), "num_tokens": 500, "num_bytes": 2000,
-                 "nll": original + 5, "original_nll": original, "num_same_top1": 480,
+                 "nll": original + 5, "original_nll": original, "num_same_top1": 480, "num_same_top5": 2400,
                  "num_kl_positions": 3, "kl_sum": 0.1}  # fmt: skip
         pd.DataFrame(items).to_parquet(tmp_path / str(part) / "items.parquet")
     pooled = pooled_quality([tmp_path / "0", tmp_path / "1"], seed=0)
