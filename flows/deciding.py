@@ -31,7 +31,11 @@ def decide(recipe: Recipe, products: Products, run: Run) -> dict[str, Judgement]
             break
         names = ", ".join(dict.fromkeys([*of_quality, *of_speed]))
         console.print(f"  round {number}: measuring more of what is not decided: {names}")
-        stages = _measure_again(recipe, products, number, of_quality, of_speed, run)
+        try:
+            stages = _measure_again(recipe, products, number, of_quality, of_speed, run)
+        except StageError as error:
+            console.print(f"  round {number} failed, so these stay undecided: {error}", soft_wrap=True, markup=False)
+            break
         if not stages:
             break
         elapsed_s += sum(stage.elapsed_s for stage in stages)

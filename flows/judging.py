@@ -125,8 +125,10 @@ def _too_fast(key: str, products: Products, speed: SpeedSummary | None) -> list[
 
 def failures(products: Products) -> dict[str, str]:
     """Why bundles have no figures, in making them or in measuring them."""
-    speed, load = speed_of(products), load_of(products)
-    return products.failed | (speed.failed if speed else {}) | (load.failed if load else {})
+    found, load = dict(products.failed), load_of(products)
+    for stage in (products.speed, *(again.speed for again in products.rounds)):
+        found |= SpeedSummary.model_validate(stage.metrics).failed if stage else {}
+    return found | (load.failed if load else {})
 
 
 def best(products: Products, judgements: dict[str, Judgement]) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from flows.deciding import decide
 from flows.pipeline import ORIGINAL, Products
 from flows.recipe import Recipe, parse
+from infra.isolation import StageCrashed
 from tasks.validation.quality import summarize
 
 ENGINE = {"engine": "onnxruntime", "precision": "float32"}
@@ -77,12 +78,15 @@ def recipe(max_rounds: int = 2, max_minutes: float = 20) -> Recipe:
 class Stages:
     """Stands for the stages of a round; each measures `loss` on eight windows more, until the corpus ends."""
 
-    def __init__(self, directory: Path, loss: float, num_rounds: int = 9) -> None:
+    def __init__(self, directory: Path, loss: float, num_rounds: int = 9, failing: str = "") -> None:
+        self.failing = failing
         self.directory, self.loss, self.num_rounds = directory, loss, num_rounds
         self.titles: list[str] = []
 
     def __call__(self, task, label="", /, **arguments):
         self.titles.append(f"{label} {task.name}")
+        if task.name == self.failing:
+            raise StageCrashed("it died with SIGKILL.")
         if task.name == "more-windows":
             number = arguments["skip"] // arguments["num_windows"]
             left = arguments["num_windows"] if number <= self.num_rounds else 0
@@ -130,3 +134,13 @@ def test_rounds_end_with_the_budget_of_time_and_with_the_corpus(tmp_path):
     run = Stages(tmp_path / "corpus", loss=2.9, num_rounds=1)
     decide(recipe(max_rounds=9), products(tmp_path / "b", open=2.9), run)
     assert run.titles[3:] == ["round 2 more-windows"]
+
+
+def test_a_round_that_fails_costs_no_verdict_and_an_engine_that_dies_in_one_its_own(tmp_path):
+    found = products(tmp_path / "a", good=-1.0, open=1.5)
+    verdicts = decide(recipe(), found, Stages(tmp_path / "r", loss=1.5, failing="measure-reference"))
+    assert [verdicts[f"{name}/onnxruntime"].verdict for name in ("good", "open")] == ["ACCEPT", "INCONCLUSIVE"]
+    found = products(tmp_path / "b", good=-1.0, open=1.5)
+    verdicts = decide(recipe(), found, Stages(tmp_path / "q", loss=1.5, failing="measure-quality"))
+    assert verdicts["good/onnxruntime"].verdict == "ACCEPT"
+    assert verdicts["open/onnxruntime"].failure == "it died with SIGKILL."
