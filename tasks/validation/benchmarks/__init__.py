@@ -6,16 +6,17 @@ from pydantic import Field
 
 from tasks.validation.benchmarks.classification import Classification
 from tasks.validation.benchmarks.code_generation import CodeGeneration
+from tasks.validation.benchmarks.embeddings import Embeddings
 from tasks.validation.benchmarks.lm_evaluation import LmEvaluation
 from tasks.validation.benchmarks.question_answering import QuestionAnswering
 from tasks.validation.benchmarks.summarization import Summarization
 from tasks.validation.benchmarks.translation import Translation
 
 AnyBenchmark = Annotated[
-    Translation | Summarization | QuestionAnswering | Classification | CodeGeneration | LmEvaluation,
+    Translation | Summarization | QuestionAnswering | Classification | CodeGeneration | LmEvaluation | Embeddings,
     Field(discriminator="task"),
 ]
-KINDS = (Translation, Summarization, QuestionAnswering, Classification, CodeGeneration, LmEvaluation)
+KINDS = (Translation, Summarization, QuestionAnswering, Classification, CodeGeneration, LmEvaluation, Embeddings)
 
 METRICS = tuple({metric.name: metric for kind in KINDS for metric in kind.METRICS}.values())
 """Every metric of any benchmark; * stands for the name that a recipe gives it."""
@@ -26,6 +27,7 @@ __all__ = [
     "AnyBenchmark",
     "Classification",
     "CodeGeneration",
+    "Embeddings",
     "LmEvaluation",
     "QuestionAnswering",
     "Summarization",

@@ -1,14 +1,14 @@
 """What is asked: the original in PyTorch, or a bundle in its engine, as a writer, as a scorer, or as an encoder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.engines.text import TextGenerator
-from tasks.quantization.exported_checkpoint import ENCODERS, is_exported
+from tasks.engines.text import OnToken, Runtime, Sampling, TextGenerator, Work
+from tasks.quantization.exported_checkpoint import ENCODER_DECODERS, ENCODERS, is_exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,14 @@ class Subject:
         finally:
             encoder.close()
 
+    def longest(self) -> int | None:
+        """Tokens that it reads at most, special ones included; None: positions are relative."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        length = config.get("max_position_embeddings")
+        if length is None:
+            return None
+        return int(length) - int(config["pad_token_id"]) - 1 if self._family == "roberta" else int(length)
+
     @property
     def _family(self) -> str:
         return str(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["model_type"])
@@ -94,11 +102,13 @@ class Subject:
         from tasks.engines.pytorch import PyTorch
         from tasks.engines.runtimes import SessionRuntime
 
-        if is_exported(self._family):
-            raise ValueError(f"The original must be a decoder for this task; got {self._family!r}.")
         tokenizer = load_tokenizer(self.path)
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        runtime = SessionRuntime(PyTorch().load(self.path, threads=self.threads))
+        runtime: Runtime
+        if self._family in ENCODER_DECODERS:
+            runtime = _EncoderDecoder(self.path, self.longest(), self.threads)
+        else:
+            runtime = SessionRuntime(PyTorch().load(self.path, threads=self.threads))
         return TextGenerator(runtime, tokenizer, end_tokens(self.path) or own)
 
     def _bundle_generator(self) -> TextGenerator:
@@ -123,3 +133,41 @@ class Subject:
         session: Any = load_for(self.path, read_manifest(self.path).engine, threads=self.threads)
         encoder: Encoder = session
         return encoder
+
+
+class _EncoderDecoder:
+    """transformers' own greedy text of an encoder-decoder, as a `text.Runtime`."""
+
+    def __init__(self, checkpoint: Path, longest: int | None, threads: int) -> None:
+        import torch
+
+        from tasks.quantization.exported_checkpoint import read_checkpoint
+
+        torch.set_num_threads(threads)
+        self._model: Any = read_checkpoint(checkpoint).model
+        self._model.generation_config = type(self._model.generation_config).from_pretrained(checkpoint)
+        self.max_length = longest or 1 << 20  # positions are relative: what memory allows
+        self.facts = {"dtype": str(self._model.dtype)}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: frozenset[int], on_token: OnToken
+    ) -> Work:
+        """See `text.Runtime`."""
+        import torch
+
+        num_steps = 0
+        for index, prompt in enumerate(prompts):
+            with torch.inference_mode():
+                out = self._model.generate(
+                    torch.tensor([list(prompt)]), max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1
+                )
+            tokens = out[0, 1:].tolist()  # without the token that the decoder starts with
+            num_steps += len(tokens) - 1
+            for token in tokens:
+                if on_token(index, token) or token in eos_ids:
+                    break
+        return Work(num_steps=num_steps)
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._model = None
