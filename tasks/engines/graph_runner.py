@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.engines.onnxruntime import session_options
-from tasks.engines.openvino import cpu_properties, describe_property
+from tasks.engines.openvino import cpu_properties
+from tasks.engines.openvino_session import describe_property
 
 Array = NDArray[Any]
 

@@ -1,20 +1,17 @@
-"""OpenVINO on the CPU: its options, and sessions of the graph that openvino_graph.py builds."""
+"""OpenVINO on the CPU: its options, and what it compiles."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.engines.decoder import read_decoder
 from tasks.engines.genai_files import write_openvino_tokenizer
-from tasks.engines.generation import Ids, Logits, check_prompt, check_step
 from tasks.engines.openvino_graph import build_model
+from tasks.engines.openvino_session import MODEL_FILE, OpenVinoSession, open_session
 from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format
-
-MODEL_FILE = "openvino_model.xml"  # the name OpenVINO GenAI looks for; the weights lie beside it in the .bin
 
 
 class OpenVino(BaseModel, frozen=True, extra="forbid"):
@@ -92,21 +89,13 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
         problem = write_openvino_tokenizer(checkpoint, out)
         return (problem,) if problem else ()
 
-    def load(self, bundle: Path, *, threads: int, profile: bool = False) -> "OpenVinoSession":
-        """A session of the graph in the directory `bundle`; the weights file is mapped, not read.
+    def load(self, bundle: Path, *, threads: int, profile: bool = False) -> OpenVinoSession:
+        """A session of the graph in the directory `bundle`, with the attention that OpenVINO GenAI serves it with.
 
         With `profile`, it times every operator, see `OpenVinoSession.profile`.
         """
-        import openvino
-
-        core = openvino.Core()
-        core.set_property({"ENABLE_MMAP": True})
-        model = core.read_model(bundle / MODEL_FILE)
-        max_length = int(model.get_rt_info(["slimline", "max_length"]).astype(int))
-        _slice_before_lm_head(model)
         properties = self.properties(threads) | {"NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        properties |= {"PERF_COUNT": True} if profile else {}
-        return OpenVinoSession(core.compile_model(model, "CPU", properties), max_length=max_length)
+        return open_session(bundle, properties | ({"PERF_COUNT": True} if profile else {}))
 
     def properties(self, threads: int) -> dict[str, Any]:
         """The CPU plugin's properties for these options."""
@@ -120,99 +109,6 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
 
 
 _ELEMENT_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
-
-
-class OpenVinoSession:
-    """A compiled decoder and the KV cache of one batch of sequences."""
-
-    def __init__(self, compiled: Any, *, max_length: int) -> None:
-        self._request = compiled.create_infer_request()
-        self._facts = {
-            name.lower(): describe_property(compiled.get_property(name))
-            for name in (
-                "INFERENCE_PRECISION_HINT",
-                "DYNAMIC_QUANTIZATION_GROUP_SIZE",
-                "KEY_CACHE_PRECISION",
-                "VALUE_CACHE_PRECISION",
-                "INFERENCE_NUM_THREADS",
-            )
-        }
-        self._vocab_size = int(compiled.output("logits").partial_shape[2].get_length())
-        self._max_length = max_length
-        self._batch_size = 0
-        self._length = 0
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the last dimension of logits."""
-        return self._vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence, prompt and new tokens together."""
-        return self._max_length
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the compiled graph says it uses, by the library's own names in lower case."""
-        return dict(self._facts)
-
-    def prefill(self, input_ids: Ids, num_logits: int = 1) -> Logits:
-        """Starts new sequences: [batch, length] int64 -> [batch, num_logits, vocab_size] float32."""
-        check_prompt(input_ids, num_logits, vocab_size=self._vocab_size, max_length=self._max_length)
-        self._request.reset_state()
-        self._batch_size, self._length = len(input_ids), 0
-        return self._append(input_ids, num_logits)
-
-    def decode(self, input_ids: Ids) -> Logits:
-        """Appends one token to each sequence: [batch] int64 -> [batch, vocab_size] float32."""
-        check_step(input_ids, batch_size=self._batch_size, length=self._length, max_length=self._max_length)
-        return self._append(input_ids[:, None], 1)[:, 0]
-
-    def profile(self) -> list[tuple[str, str, float]]:
-        """(kind, implementation, microseconds) of every operator of the last call that ran."""
-        return [
-            (info.node_type, info.exec_type, info.real_time.total_seconds() * 1e6)
-            for info in self._request.get_profiling_info()
-            if info.status == info.Status.EXECUTED
-        ]
-
-    def close(self) -> None:
-        """Frees the graph, its weights and the KV cache."""
-        self._request = None
-        self._batch_size = 0
-
-    def _append(self, input_ids: Ids, num_logits: int) -> Logits:
-        batch_size, length = input_ids.shape
-        start, end = self._length, self._length + length
-        outputs = self._request.infer(
-            {
-                "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
-                "attention_mask": np.ones((batch_size, end), dtype=np.int64),
-                "position_ids": np.tile(np.arange(start, end, dtype=np.int64), (batch_size, 1)),
-                "beam_idx": np.arange(batch_size, dtype=np.int32),
-                "num_logits": np.array([num_logits], dtype=np.int64),
-            },
-            share_inputs=True,
-            share_outputs=True,
-        )
-        self._length = end
-        logits: Logits = np.array(outputs["logits"], dtype=np.float32)
-        return logits
-
-
-def _slice_before_lm_head(model: Any) -> None:
-    """Adds the input num_logits [1] int64 and lets the LM head see the last `num_logits` positions only, in place."""
-    from openvino import opset13 as ops
-
-    num_logits = ops.parameter([1], np.int64, name="num_logits")
-    num_logits.output(0).set_names({"num_logits"})
-    lm_head = model.output("logits").get_node().input_value(0).get_node()
-    start, stop = ops.negative(num_logits), np.array([np.iinfo(np.int64).max])
-    last = ops.slice(lm_head.input_value(0), start, stop, np.array([1]), np.array([1]))
-    lm_head.input(0).replace_source_output(last.output(0))
-    model.add_parameters([num_logits])
-    model.validate_nodes_and_infer_types()
 
 
 def cpu_properties(
@@ -231,8 +127,3 @@ def cpu_properties(
 def _group_size(activations: Literal["int8", "float32"]) -> int:
     """Inputs that share a scale when they are rounded; 0: they are not."""
     return 32 if activations == "int8" else 0
-
-
-def describe_property(value: Any) -> str:
-    """A property's value as text, an element type by its short name."""
-    return str(value.get_type_name()) if hasattr(value, "get_type_name") else str(value)

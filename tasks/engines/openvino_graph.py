@@ -72,6 +72,8 @@ def build_model(decoder: Decoder) -> Any:
 
     model = openvino.Model([ops.result(logits, name="logits_result")], attention.sinks, parameters, "decoder")
     model.set_rt_info(decoder.max_position_embeddings, ["slimline", "max_length"])
+    windows = " ".join(str(layer.window or 0) for layer in decoder.layers)  # 0: a layer that sees all before
+    model.set_rt_info(windows, ["slimline", "windows"])
     name_nodes(model)
     return model
 
@@ -362,7 +364,12 @@ def _angles(position_ids: Any, rotary: Rotary) -> tuple[Any, Any]:
 
 
 def _mask(input_ids: Any, attention_mask: Any, sliding_window: int | None) -> Any:
-    """What is added to the scores: 0 where a query sees a key, MASKED elsewhere, [batch, 1, length, past + length]."""
+    """What is added to the scores: 0 where a query sees a key, MASKED elsewhere, [batch, 1, length, past + length].
+
+    With a window it is written as `gpt_oss_sliding_window_pattern` in openvinotoolkit/openvino,
+    src/common/transformations/src/transformations/sdpa_to_paged_attention/state_management_pattern.cpp, wants it: paged
+    attention takes the window from there, and without that form drops it.
+    """
     from openvino import opset13 as ops
 
     total = ops.squeeze(_dimension(attention_mask, 1), np.array([0]))
@@ -370,12 +377,19 @@ def _mask(input_ids: Any, attention_mask: Any, sliding_window: int | None) -> An
     zero, one = ops.constant(0, dtype=np.int64), ops.constant(1, dtype=np.int64)
     keys = ops.range(zero, total, one, "i64")  # [past + length]
     queries = ops.unsqueeze(ops.range(ops.subtract(total, length), total, one, "i64"), np.array(1))  # [length, 1]
-    seen = ops.less_equal(keys, queries)
-    if sliding_window is not None:
-        oldest = ops.subtract(queries, ops.constant(sliding_window, dtype=np.int64))
-        seen = ops.logical_and(seen, ops.greater(keys, oldest))
+    not_future = ops.less_equal(keys, queries)
     not_padding = ops.unsqueeze(ops.convert(attention_mask, "boolean"), np.array([1, 2]))
-    return ops.select(ops.logical_and(seen, not_padding), np.float32(0), np.float32(MASKED))
+    if sliding_window is None:
+        return ops.select(ops.logical_and(not_future, not_padding), np.float32(0), np.float32(MASKED))
+    not_past = ops.greater(keys, ops.add(queries, ops.constant(-sliding_window, dtype=np.int64)))
+    true = ops.constant(True)
+    seen = ops.bitwise_and(not_future, ops.bitwise_and(ops.bitwise_and(true, not_past), true))
+    seen = ops.bitwise_and(seen, not_padding)
+    one_head = ops.constant(np.array([1]))
+    shape = ops.concat([_dimension(input_ids, 0), one_head, _dimension(input_ids, 1), _dimension(attention_mask, 1)], 0)
+    mask = ops.select(ops.broadcast(seen, shape), np.float32(0), np.float32(MASKED))
+    end = np.array([np.iinfo(np.int64).max])
+    return ops.slice(mask, np.array([0]), end, np.array([1]), np.array([3]))
 
 
 def _dimension(x: Any, axis: int) -> Any:

@@ -49,12 +49,22 @@ def runtime_of(
     """What generates with a bundle of `engine`.
 
     Raises:
-        ValueError: both a lookup and a draft, or the engine's library has neither.
+        ValueError: both a lookup and a draft, or the engine's library has neither for this bundle.
     """
     if lookup and draft:
         raise ValueError("Tokens are proposed by a lookup or by a draft, not by both. Give one.")
     if engine.engine == "openvino":
-        return OpenVinoGenAi(bundle, engine, threads=threads, lookup=lookup, draft=draft)
+        from tasks.engines.openvino_session import read_model
+
+        reasons = {part: read_model(part)[1] for part in (bundle, draft) if part}
+        if not any(reasons.values()):
+            return OpenVinoGenAi(bundle, engine, threads=threads, lookup=lookup, draft=draft)
+        if lookup or draft:
+            said = "; ".join(f"{part}: {reason}" for part, reason in reasons.items() if reason)
+            raise ValueError(
+                f"OpenVINO proposes tokens with paged attention only, and not here ({said}). "
+                "Leave the lookup or draft out."
+            )
     if not (lookup or draft):
         return SessionRuntime(engine.load(bundle, threads=threads))
     if engine.engine == "onnxruntime":

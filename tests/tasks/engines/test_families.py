@@ -20,7 +20,7 @@ from tasks.engines import OnnxRuntime, OpenVino, PyTorch
 from tasks.engines.decoder import Decoder, read_decoder
 from tasks.engines.export import Precision, export_decoder
 from tasks.engines.families import FAMILIES
-from tasks.engines.openvino import MODEL_FILE
+from tasks.engines.openvino_session import MODEL_FILE
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import read_weights
