@@ -239,7 +239,7 @@ class _Paged:
         return logits.reshape(batch_size, num_logits, -1)
 
     def _write(self, name: str, values: NDArray[np.int64] | NDArray[np.int32]) -> None:
-        """Into the request's own tensor: one that changes with every step costs 1 ms of a step, as was measured."""
+        """Into the request's own tensor, as GenAI does; the plugin binds a new one anew with every step."""
         tensor = self._inputs[name]
         if tuple(tensor.shape) != values.shape:
             tensor.shape = values.shape
