@@ -52,8 +52,8 @@ What a family's configuration can ask for beside that:
   beyond, every earlier key would turn otherwise.
 * ONNX Runtime needs heads of a multiple of 8 dimensions.
 * OpenVINO fuses attention unless its scores are capped (Gemma 2): then it is computed step by step, and keys and values
-  stay as they are computed, whatever the engine's `kv_cache` says, and OpenVINO GenAI's pipeline cannot serve it: Slimline's
-  own session answers, without lookup or draft.
+  stay as they are computed, whatever the engine's `kv_cache` says, and OpenVINO GenAI's pipeline cannot serve it:
+  Slimline's own session answers, without lookup or draft.
 
 What the other stages do with a family:
 
