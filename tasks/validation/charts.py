@@ -301,7 +301,7 @@ def curves(
 
 def bars(values: Sequence[tuple[str, float]], *, y_label: str, width: int = 560, height: int = 170) -> Markup:
     """Bars of (what the tooltip calls it, part of one), numbered from 0: errors of blocks."""
-    left, right, top, bottom = 58, 12, 10, 34
+    left, right, top, bottom = 58, 12, 10, 40
     y = Axis(0, max([value for _, value in values] + [1e-9]) * 1.08, height - bottom, top, is_log=False)
     step = (width - left - right) / len(values)
     parts = []
