@@ -70,3 +70,7 @@ def test_the_key_follows_contents_not_places(tree):
 def test_the_key_ignores_where_the_result_is_recorded_and_for_whom(tree):
     assert key(bits=8, parent="run-1", label="int8") == key(bits=8, parent="run-2", label="again")
     assert key(bits=8) != key(bits=4)
+
+
+def test_the_key_ignores_when_to_give_up(tree):
+    assert key(bits=8, timeout_s=60.0) == key(bits=8, timeout_s=600.0)
