@@ -33,8 +33,12 @@ from tasks.validation.statistics import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from tasks.engines.generation import Session
 
+GROUP = 64
+"""Tokens of a vocabulary that are searched together for the likeliest."""
 ROWS_PER_CHUNK = 64
 """Positions whose log-softmax is held at once: 64 of 150 000 tokens are 38 MiB."""
 MAX_REFERENCE_BYTES = 128 * 2**20
@@ -414,16 +418,40 @@ def score_window(logits: NDArray[np.float32], targets: NDArray[np.int32], positi
     for start in range(0, len(targets), ROWS_PER_CHUNK):
         rows = slice(start, min(start + ROWS_PER_CHUNK, len(targets)))
         chunk = torch.from_numpy(np.ascontiguousarray(logits[rows]))
-        normalizer = torch.logsumexp(chunk, dim=-1)
+        best = likeliest(chunk, TOP)
+        largest = chunk.gather(1, best[:, :1])
+        normalizer = torch.sub(chunk, largest).exp_().sum(dim=-1).log_() + largest[:, 0]
         if not bool(torch.isfinite(normalizer).all()):
             raise ValueError("logits must be finite; got NaN or infinity")
         at_target = chunk.gather(1, torch.from_numpy(targets[rows].astype(np.int64))[:, None])[:, 0]
         nll[rows] = (normalizer - at_target).numpy()
-        top1[rows] = chunk.argmax(dim=-1).numpy()
-        top5[rows] = chunk.topk(TOP, dim=-1).indices.numpy()
+        top1[rows], top5[rows] = best[:, 0].numpy(), best.numpy()
         wanted = positions[(positions >= rows.start) & (positions < rows.stop)] - start
         log_probabilities.append((chunk[wanted] - normalizer[wanted, None]).numpy())
     return WindowScores(nll=nll, top1=top1, top5=top5, log_probabilities=np.concatenate(log_probabilities))
+
+
+def likeliest(logits: "torch.Tensor", num: int) -> "torch.Tensor":
+    """[positions, num] int64: the tokens with the largest logits, the largest first.
+
+    A vocabulary is searched by groups: the `num` largest lie in the `num` groups with the largest maxima. Of 49 152 tokens
+    that takes a quarter of topk's time.
+
+    Args:
+        logits: [positions, vocab_size].
+        num: at most vocab_size.
+    """
+    import torch
+
+    num_groups = logits.shape[1] // GROUP
+    if num_groups < num:
+        return logits.topk(num, dim=-1).indices
+    grouped = logits[:, : num_groups * GROUP].view(-1, num_groups, GROUP)
+    groups = grouped.amax(dim=-1).topk(num, dim=-1).indices
+    inside = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    rest = torch.arange(num_groups * GROUP, logits.shape[1]).expand(len(logits), -1)
+    candidates = torch.cat([inside, rest], dim=1)
+    return candidates.gather(1, logits.gather(1, candidates).topk(num, dim=-1).indices)
 
 
 def _scores(

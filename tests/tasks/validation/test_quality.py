@@ -5,11 +5,13 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tasks.validation.quality import (
     MAX_REFERENCE_BYTES,
     Quality,
     kl_divergence,
+    likeliest,
     load_evaluation,
     measure_quality,
     measure_reference,
@@ -210,3 +212,9 @@ def test_evaluation_is_what_was_prepared(small_data):
     assert evaluation.tokens.shape == (6, 48)
     assert len(evaluation.documents) == len(evaluation.num_bytes) == 6
     assert evaluation.num_bytes.min() > 47
+
+
+@pytest.mark.parametrize("vocab_size", [7, 300, 64 * 20, 64 * 20 + 1, 49152])
+def test_the_likeliest_tokens_are_those_of_a_whole_sort(vocab_size):
+    logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    assert (likeliest(logits, 5) == logits.argsort(dim=-1, descending=True)[:, :5]).all()
