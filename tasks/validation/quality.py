@@ -434,8 +434,8 @@ def score_window(logits: NDArray[np.float32], targets: NDArray[np.int32], positi
 def likeliest(logits: "torch.Tensor", num: int) -> "torch.Tensor":
     """[positions, num] int64: the tokens with the largest logits, the largest first.
 
-    A vocabulary is searched by groups: the `num` largest lie in the `num` groups with the largest maxima. Of 49 152 tokens
-    that takes a quarter of topk's time.
+    A vocabulary is searched by groups: the `num` largest lie in the `num` groups with the largest maxima. Of 49 152
+    tokens that takes a quarter of topk's time.
 
     Args:
         logits: [positions, vocab_size].
