@@ -176,10 +176,16 @@ class _Stateful:
     """The graph as it lies in the bundle: variables hold keys and values."""
 
     def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._batch_size = 0
         self.request = compiled.create_infer_request()
 
     def start(self, batch_size: int) -> None:
-        self.request.reset_state()
+        if self._batch_size in (0, batch_size):
+            self.request.reset_state()
+        else:  # OpenVINO 2026.4 gives the scales of an 8-bit cache no more room for more sequences that are shorter
+            self.request = self._compiled.create_infer_request()
+        self._batch_size = batch_size
 
     def append(self, input_ids: Ids, start: int, num_logits: int) -> Logits:
         batch_size, end = len(input_ids), start + input_ids.shape[1]
