@@ -41,6 +41,7 @@ class Tensors:
     """
 
     def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         index = checkpoint / "model.safetensors.index.json"
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))

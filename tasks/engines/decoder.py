@@ -172,8 +172,7 @@ def _read_config(checkpoint: Path) -> Any:
 
 def shape(weight: Weight) -> tuple[int, int]:
     """(out, in) of a weight."""
-    values = weight.integers if isinstance(weight, QuantizedWeight) else weight
-    out_features, in_features = values.shape
+    out_features, in_features = weight.shape
     return int(out_features), int(in_features)
 
 

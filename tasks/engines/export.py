@@ -417,7 +417,7 @@ def _stored(weight: QuantizedWeight) -> tuple[NDArray[Any], Floats, NDArray[Any]
     A 4-bit row with one scale is stored in blocks that repeat it: engines fuse blocked 4-bit weights into the product
     and others not. The values are the same.
     """
-    in_features = weight.integers.shape[1]
+    in_features = weight.shape[1]
     scale, zero_point, groups = weight.scale, weight.zero_point, weight.scale.shape[1]
     if groups == 1:
         block_size = next((size for size in INT4_BLOCKS if in_features % size == 0), None) if weight.bits <= 4 else None

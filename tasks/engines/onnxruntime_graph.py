@@ -427,7 +427,7 @@ class _GraphWriter:
         product = output if bias is None else output + ".product"
         quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         if not quantized:
-            values = np.concatenate([np.asarray(weight) for weight in weights])
+            values = _stacked([np.asarray(weight) for weight in weights])
             self.node("FusedMatMul", [hidden, self.weight(name + ".weight", values)], [product], MICROSOFT, transB=1)
         elif quantized[0].inputs:
             self._rounded_product(name, quantized, quantized[0].inputs, hidden, product)
@@ -611,7 +611,7 @@ class _GraphWriter:
         if name + ".integers" in self._written:  # the table of a tied embedding, rows still
             self.node("Transpose", [name + ".integers"], [name + ".columns"], perm=[1, 0])  # folded into a constant
         else:
-            self.weight(name + ".columns", np.concatenate([weight.integers for weight in weights]).T)
+            self.weight(name + ".columns", _stacked([weight.integers for weight in weights]).T)
         names = [name + ".columns", scale]
         if weights[0].zero_point is not None:
             zero_point = np.concatenate([np.asarray(weight.zero_point) for weight in weights])
@@ -621,7 +621,7 @@ class _GraphWriter:
     def _blocks(self, name: str, weights: list[QuantizedWeight]) -> list[str]:
         """Names of MatMulNBits' integers, scales and, unless symmetric, zero points."""
         bits, block_size = _storage(weights[0])
-        integers = np.concatenate([_unsigned(weight, bits) for weight in weights])
+        integers = _stacked([_unsigned(weight, bits) for weight in weights])
         scale = np.concatenate([weight.scale for weight in weights])
         num_blocks = -(-integers.shape[1] // block_size)
         names = [self.weight(name + ".integers", _pack(integers, bits, block_size)), name + ".scale"]
@@ -650,6 +650,11 @@ class _GraphWriter:
             times = self.constant(f"repeat_{num_blocks // groups}", np.array([1, 1, num_blocks // groups]))
             self.node("Expand", [name + ".column", times], [name + ".repeated"])
             self.node("Reshape", [name + ".repeated", self.constant("join_groups", np.array([0, -1]))], [name])
+
+
+def _stacked(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """All of the rows; one alone, which an LM head is, is not copied."""
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def _same_grid(weights: Sequence[Weight]) -> bool:
@@ -706,7 +711,7 @@ def _unsigned(weight: QuantizedWeight, bits: int) -> NDArray[np.uint8]:
         return weight.integers.astype(np.uint8) + np.uint8((1 << (bits - 1)) - (1 << (weight.bits - 1)))
     if weight.zero_point is not None:
         return weight.integers.astype(np.uint8)
-    return (weight.integers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    return weight.integers.view(np.uint8) + np.uint8(1 << (bits - 1))  # bytes wrap around, which gives the right ones
 
 
 def _pack(integers: NDArray[np.uint8], bits: int, block_size: int) -> NDArray[np.uint8]:

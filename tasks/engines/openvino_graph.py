@@ -252,7 +252,7 @@ def _offset_product(x: Any, weight: QuantizedWeight, name: str) -> Any:
     from openvino import opset13 as ops
 
     groups = weight.scale.shape[1]
-    split = np.array([0, 0, groups, weight.integers.shape[1] // groups])
+    split = np.array([0, 0, groups, weight.shape[1] // groups])
     sums = ops.reduce_sum(ops.reshape(x, split, special_zero=True), np.array([3]))
     middle = ops.multiply(_scale(weight.scale, name + "_scale"), np.float32(_middle(weight.bits)))
     return ops.matmul(sums, ops.add(_scale(weight.offset, name), middle), False, True)
@@ -275,7 +275,7 @@ def _weight(weight: Weight, name: str) -> Any:
 
     if not isinstance(weight, QuantizedWeight):
         return _constant(weight, name)
-    out_features, in_features = weight.integers.shape
+    out_features, in_features = weight.shape
     groups = weight.scale.shape[1]
     grid_shape = [out_features, 1] if groups == 1 else [out_features, groups, 1]
     shape = [out_features, in_features] if groups == 1 else [out_features, groups, in_features // groups]

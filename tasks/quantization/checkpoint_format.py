@@ -23,8 +23,9 @@ asymmetric integers and zero points are ours less 2 ** (bits - 1).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class QuantizedWeight:
         """The weight's values, [out, in] float32."""
         if self.format == "float8_e4m3":
             return _float8(self.integers) * self.scale
-        out_features, in_features = self.integers.shape
+        out_features, in_features = self.shape
         values = self.integers.reshape(out_features, self.scale.shape[1], -1).astype(np.float32)
         if self.zero_point is not None and not self.has_real_zero_point:
             values -= self.zero_point[:, :, None]  # integers: exact in float32
@@ -69,6 +70,12 @@ class QuantizedWeight:
         if self.has_real_zero_point:
             values += self.offset[:, :, None]  # as GGUF and the engines have it; zero points are rounded quotients
         return values.reshape(out_features, in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out_features, in_features = self.integers.shape
+        return out_features, in_features
 
     def rows(self, indices: NDArray[np.int64]) -> "QuantizedWeight":
         """Some outputs, in that order: the same integers, with the scales and zero points of their rows."""
@@ -93,7 +100,63 @@ class QuantizedWeight:
         """Bits of the integers, the scales (float16) and the zero points or offsets, as engines can store them."""
         bits = 16 if self.has_real_zero_point else self.bits
         zero_points = 0 if self.zero_point is None else self.zero_point.size * bits
-        return self.integers.size * self.bits + self.scale.size * 16 + zero_points
+        out_features, in_features = self.shape
+        return out_features * in_features * self.bits + self.scale.size * 16 + zero_points
+
+
+class StoredWeight(QuantizedWeight):
+    """One whose integers stay in the checkpoint and are read whenever they are asked for.
+
+    In memory they take a byte each, twice what 4 bits take in the file.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], NDArray[Any]],
+        shape: tuple[int, int],
+        scale: NDArray[np.float32],
+        zero_point: NDArray[np.uint8] | NDArray[np.float32] | None,
+        bits: int,
+        group_size: int | None,
+        inputs: Inputs | None = None,
+        format: Format = "int8",
+    ) -> None:
+        values = {"_read": read, "_shape": shape, "scale": scale, "zero_point": zero_point, "bits": bits}
+        values |= {"group_size": group_size, "inputs": inputs, "format": format}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # as a frozen dataclass does
+
+    _read: Callable[[], NDArray[Any]]
+    _shape: tuple[int, int]
+
+    @property
+    def integers(self) -> NDArray[Any]:
+        """[out, in], read now."""
+        return self._read()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._shape
+
+    def rows(self, indices: NDArray[np.int64]) -> "StoredWeight":
+        """Some outputs, in that order; their integers are read with the others'."""
+        return StoredWeight(
+            lambda: self.integers[indices],
+            (len(indices), self.shape[1]),
+            self.scale[indices],
+            None if self.zero_point is None else self.zero_point[indices],
+            self.bits,
+            self.group_size,
+            self.inputs,
+            self.format,
+        )
+
+    def in_memory(self) -> QuantizedWeight:
+        """The same with its integers."""
+        return QuantizedWeight(
+            self.integers, self.scale, self.zero_point, self.bits, self.group_size, self.inputs, self.format
+        )
 
 
 def _float8(bits: NDArray[Any]) -> NDArray[np.float32]:
@@ -114,8 +177,9 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
             pack-quantized and int-quantized, also as llm-compressor writes them.
 
     Returns:
-        float32 arrays, and a QuantizedWeight for each `<module>.weight` that is quantized; without the scales of a KV
-        cache, see `read_cache_scales`.
+        float32 arrays, mapped where they are stored so, and a StoredWeight for each `<module>.weight` that is
+        quantized, which reads its integers from the checkpoint later; without the scales of a KV cache, see
+        `read_cache_scales`.
 
     Raises:
         ValueError: a quantized layer is stored in a way this reader does not know.
@@ -136,7 +200,7 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
                 continue
             if quantization is not None and f"{module}.weight_scale" in tensors:
                 if parameter in ("weight", "weight_packed"):
-                    weights[f"{module}.weight"] = read_quantized(tensors, module, quantization)
+                    weights[f"{module}.weight"] = find_quantized(tensors, module, quantization)
                 elif not parameter.startswith(("weight_", "input_")):
                     weights[name] = tensors.floats(name)
             else:
@@ -191,6 +255,11 @@ def read_cache_scales(checkpoint: Path) -> CacheScales | None:
 
 
 def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> QuantizedWeight:
+    """A quantized layer's weight with its integers; see `find_quantized`."""
+    return find_quantized(tensors, module, quantization).in_memory()
+
+
+def find_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any]) -> StoredWeight:
     """A quantized layer's weight, as `quantization_config` and the tensors of its checkpoint have it.
 
     Raises:
@@ -205,7 +274,10 @@ def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
     arguments, inputs = group["weights"], _read_inputs(tensors, module, group.get("input_activations"))
     bits = int(arguments["num_bits"])
     if arguments.get("type") == "float" and bits == 8 and arguments.get("strategy") == "channel":
-        return _read_float8(tensors, module, inputs)
+        shape = _shape(tensors, module)
+        scale = tensors.floats(f"{module}.weight_scale").reshape(-1, 1)
+        read = partial(_read_float8, tensors.checkpoint, module)
+        return StoredWeight(read, shape, scale, None, 8, None, inputs, format="float8_e4m3")
     if arguments.get("type", "int") != "int" or not 1 <= bits <= 8:
         raise ValueError(
             f"{module} must be quantized to integers of at most 8 bits, or to FP8 per channel; got {bits}-bit "
@@ -213,12 +285,7 @@ def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
         )
     offset = 1 << (bits - 1)
     scale = tensors.floats(f"{module}.weight_scale")
-    if f"{module}.weight_packed" in tensors:
-        out_features, in_features = (int(n) for n in tensors.tensor(f"{module}.weight_shape"))
-        stored = unpack(tensors.tensor(f"{module}.weight_packed").numpy(), bits, in_features)
-    else:
-        stored = (tensors.tensor(f"{module}.weight").numpy().astype(np.int16) + offset).astype(np.uint8)
-        out_features, in_features = stored.shape
+    shape = out_features, in_features = _shape(tensors, module)
     scale = scale.reshape(-1, 1) if scale.ndim < 2 else scale
     if scale.shape[0] != out_features or in_features % scale.shape[1]:
         raise ValueError(
@@ -228,25 +295,44 @@ def read_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
     num_groups = scale.shape[1]
     whole_row = num_groups == 1 and arguments.get("strategy") != "group"
     group_size = None if whole_row else in_features // num_groups
-    if arguments.get("symmetric", True):
-        signed = (stored.astype(np.int16) - offset).astype(np.int8)
-        return QuantizedWeight(signed, scale, None, bits, group_size, inputs)
+    symmetric = bool(arguments.get("symmetric", True))
+    read = partial(_read_integers, tensors.checkpoint, module, bits, symmetric=symmetric)
+    if symmetric:
+        return StoredWeight(read, shape, scale, None, bits, group_size, inputs)
     points = tensors.tensor(f"{module}.weight_zero_point").numpy()
     if points.dtype == np.float32:
-        return QuantizedWeight(stored, scale, points + np.float32(offset), bits, group_size, inputs)
+        return StoredWeight(read, shape, scale, points + np.float32(offset), bits, group_size, inputs)
     if points.dtype == np.int32:  # packed down the rows, as the strategies group and channel have it
         zero_point = np.ascontiguousarray(unpack(np.ascontiguousarray(points.T), bits, out_features).T)
     else:
         zero_point = (points.astype(np.int16) + offset).astype(np.uint8)
-    return QuantizedWeight(stored, scale, zero_point, bits, group_size, inputs)
+    return StoredWeight(read, shape, scale, zero_point, bits, group_size, inputs)
 
 
-def _read_float8(tensors: Tensors, module: str, inputs: Inputs | None) -> QuantizedWeight:
+def _shape(tensors: Tensors, module: str) -> tuple[int, int]:
+    stored = f"{module}.weight_shape"
+    found = tensors.tensor(stored).tolist() if stored in tensors else tensors.shape(f"{module}.weight")
+    return int(found[0]), int(found[1])
+
+
+def _read_integers(checkpoint: Path, module: str, bits: int, *, symmetric: bool) -> NDArray[Any]:
+    """[out, in], int8 when symmetric, else uint8; sums of bytes wrap around, which gives the right ones."""
+    offset = np.uint8(1 << (bits - 1))
+    with Tensors(checkpoint) as tensors:
+        if f"{module}.weight_packed" not in tensors:
+            signed: NDArray[np.int8] = tensors.tensor(f"{module}.weight").numpy()
+            return signed.copy() if symmetric else signed.view(np.uint8) + offset
+        stored = unpack(tensors.tensor(f"{module}.weight_packed").numpy(), bits, _shape(tensors, module)[1])
+        return (stored - offset).view(np.int8) if symmetric else stored
+
+
+def _read_float8(checkpoint: Path, module: str) -> NDArray[np.uint8]:
+    """[out, in], the bits."""
     import torch
 
-    bits = tensors.tensor(f"{module}.weight").view(torch.uint8).numpy()
-    scale = tensors.floats(f"{module}.weight_scale").reshape(-1, 1)
-    return QuantizedWeight(bits, scale, None, 8, None, inputs, format="float8_e4m3")
+    with Tensors(checkpoint) as tensors:
+        bits: NDArray[np.uint8] = tensors.tensor(f"{module}.weight").view(torch.uint8).numpy().copy()
+        return bits
 
 
 def _read_inputs(tensors: Tensors, module: str, arguments: Mapping[str, Any] | None) -> Inputs | None:
@@ -305,7 +391,7 @@ def packed_tensors(module: str, weight: QuantizedWeight) -> dict[str, NDArray[An
     stored = weight.integers if weight.zero_point is not None else (weight.integers.astype(np.int16) + offset)
     return {
         f"{module}.weight_packed": pack(stored.astype(np.uint8), weight.bits),
-        f"{module}.weight_shape": np.array(weight.integers.shape, dtype=np.int64),
+        f"{module}.weight_shape": np.array(weight.shape, dtype=np.int64),
         **_scales(module, weight),
     }
 
@@ -383,7 +469,7 @@ class Scheme:
 def packed_scheme(weight: QuantizedWeight) -> Scheme:
     """How `packed_tensors` stores a layer."""
     if weight.zero_point is not None:
-        size = weight.group_size or weight.integers.shape[1]
+        size = weight.group_size or weight.shape[1]
         return Scheme(PACKED, weight.bits, False, "block", size, weight.has_real_zero_point)
     return Scheme(PACKED, weight.bits, True, "group" if weight.group_size else "channel", weight.group_size)
 
