@@ -117,7 +117,7 @@ def tune(bundle: Path) -> "Tuned":
     with stage_progress("tune") as show:
         tuned, _ = run_isolated(
             "tasks.engines.compiling:tune_bundle",
-            {"bundle": bundle.resolve(), "num_cores": settings().num_threads},
+            {"bundle": bundle.resolve(), "max_threads": settings().num_threads},
             result=Tuned,
             log_path=settings().home / "logs" / f"tune-{bundle.name}-{int(time.time())}.log",
             on_progress=show,

@@ -185,7 +185,7 @@ def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
             quantized.add(chain)
             if candidate.quantization_training:
                 quantized.add((*chain, repr(candidate.quantization_training)))
-    bundles = sum(_served_mib(model_mib, c, e) for c, e in _subjects(recipe))
+    bundles = sum(_served_mib(model_mib, c, e) * (2 if c.tune else 1) for c, e in _subjects(recipe))
     temporary = max((sum(engines) + model_mib / 4 for engines in _temporary_mib(recipe, model_mib)), default=0.0)
     return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles + temporary
 

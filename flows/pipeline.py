@@ -24,6 +24,7 @@ from tasks.quantization.mixed import Mixed
 from tasks.quantize import quantize, train_quantized
 from tasks.sensitivity import measure_sensitivity
 from tasks.tpot import measure_tpot
+from tasks.tune import tune_engine
 from tasks.validate import measure_load, measure_quality, measure_reference, measure_speed
 
 Run = Callable[..., StageResult]
@@ -81,7 +82,7 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
         for key, engine in keys.items():
             if name in products.checkpoints:
                 with surviving(products, errors, key):
-                    _compile_and_measure(key, products.checkpoints[name], engine, recipe, products, run)
+                    _compile_and_measure(key, products.checkpoints[name], engine, candidate, recipe, products, run)
     if errors and not any(is_candidate(key) for key in {*products.bundles, *products.built_only} - {*products.failed}):
         raise errors[-1]  # nothing is left that a verdict could be on
     measure_together(recipe, products, run)
@@ -146,13 +147,21 @@ def surviving(products: Products, errors: list[StageError], *keys: str) -> Itera
 
 
 def _compile_and_measure(
-    key: str, checkpoint: StageResult, engine: Engine, recipe: Recipe, products: Products, run: Run
+    key: str,
+    checkpoint: StageResult,
+    engine: Engine,
+    candidate: Candidate,
+    recipe: Recipe,
+    products: Products,
+    run: Run,
 ) -> None:
     """The engine bundle of a checkpoint, and how well it answers."""
     bundle = run(compile_engine, key, checkpoint=checkpoint, data=products.data, engine=engine)
     if not engine.executable:
         products.built_only[key] = bundle
         return
+    if candidate.tune:
+        bundle = run(tune_engine, key, bundle=bundle, options=candidate.tune)
     measure_answers(key, bundle, recipe, products, run)
 
 

@@ -17,6 +17,7 @@ from flows.explain import explain
 from tasks.calibration.corpora import Data
 from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
+from tasks.engines.tuning import SETTINGS, Tuning
 from tasks.pruning import PruningMethod
 from tasks.quantization import FromSource, QuantizationMethod, grids_of
 from tasks.quantization.mixed import Mixed
@@ -43,6 +44,9 @@ class Candidate(BaseModel, frozen=True, extra="forbid"):
         None, description="Train the quantized model to recover; needs `quantization`."
     )
     engines: tuple[Engine, ...] | None = Field(None, min_length=1, description="Instead of the recipe's engines.")
+    tune: Tuning | None = Field(
+        None, description="Search the settings with which its engines are fastest here; {}: as usual."
+    )
 
     @model_validator(mode="after")
     def _training_follows_what_it_repairs(self) -> "Candidate":
@@ -178,6 +182,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             for engine in self.engines_of(candidate):
                 if problem := misfit(candidate.quantization, engine):
                     raise ValueError(f"candidate {name!r}: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_engines_have_settings(self) -> "Recipe":
+        for name, candidate in self.candidates.items():
+            without = [label(engine) for engine in self.engines_of(candidate) if engine.engine not in SETTINGS]
+            if candidate.tune and without:
+                raise ValueError(
+                    f"candidate {name!r}: `tune` searches settings of {', '.join(SETTINGS)}; {', '.join(without)} has "
+                    "none. Name others in the candidate's `engines`, or leave `tune` out."
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from tasks.engines import Engine
 from tasks.engines import describe as describe_engine
 from tasks.engines import label as label_of
 from tasks.engines import title as title_of
+from tasks.engines.tuning import Tuned
 from tasks.pruning import Width
 from tasks.quantization import FromSource, Gptq, Grid, QuantizationMethod, RoundToNearest
 from tasks.quantization.mixed import Mixed
@@ -149,7 +150,7 @@ def _rows(
                 name=key,
                 candidate=name,
                 engine=title_of(engine),
-                engine_options=describe_engine(engine),
+                engine_options=describe_engine(engine) + _tuned_words(bundle),
                 steps=_steps(candidate, products, name),
                 status="failed" if key in failed else str(bundle.metrics["status"]),
                 size_bytes=bundle.artifact.size_bytes,
@@ -164,6 +165,12 @@ def _rows(
             )
         )
     return rows
+
+
+def _tuned_words(bundle: StageResult) -> str:
+    """The settings that were found fastest, and measured."""
+    found = bundle.metrics.get("tuned")
+    return f"; tuned: {Tuned.model_validate(found).words}" if found else ""
 
 
 def _unmade(recipe: Recipe, key: str, judgements: dict[str, Judgement]) -> Row:

@@ -41,7 +41,7 @@ from tasks.engines.parity import Parity, ask, compare, tolerance
 from tasks.engines.reference import StreamedPyTorch
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import Runtime, TextGenerator
-from tasks.engines.tuning import Tuned, tune
+from tasks.engines.tuning import Tuned, Tuning, tune
 from tasks.quantization.exported_checkpoint import is_exported
 
 if TYPE_CHECKING:
@@ -92,6 +92,12 @@ class EngineSummary(BaseModel, frozen=True, extra="forbid"):
     facts: dict[str, str]
     parity: Parity | ExportedParity | None = Field(description="None: not run here.")
     notes: tuple[str, ...] = ()
+
+
+class TunedSummary(EngineSummary):
+    """The same of a bundle whose settings were searched after it was compiled."""
+
+    tuned: Tuned
 
 
 def compile_engine(
@@ -188,8 +194,13 @@ def _write_manifest(bundle: Path, manifest: Manifest) -> None:
     partial.replace(bundle / MANIFEST)
 
 
-def tune_bundle(*, bundle: Path, num_cores: int, report: Report = silent) -> Tuned:
+def tune_bundle(*, bundle: Path, max_threads: int, options: Tuning | None = None, report: Report = silent) -> Tuned:
     """Searches the fastest settings of a bundle on this machine, and writes them into its manifest.
+
+    Args:
+        bundle: its manifest is changed.
+        max_threads: the most to try.
+        options: how settings are searched; None: as `Tuning` has it.
 
     Raises:
         ValueError: see `load_bundle` and `tuning.tune`.
@@ -198,9 +209,58 @@ def tune_bundle(*, bundle: Path, num_cores: int, report: Report = silent) -> Tun
     if _is_exported(bundle):
         raise ValueError(f"Settings are searched for decoders; {bundle} holds an encoder or encoder-decoder.")
     windows = _windows(bundle, None, PARITY_LENGTH)
-    tuned = tune(bundle, manifest.engine, windows=windows, num_cores=num_cores, processor=_processor(), report=report)
+    tuned = tune(
+        bundle,
+        manifest.engine,
+        options or Tuning(),
+        windows=windows,
+        max_threads=max_threads,
+        num_cores=num_cores(),
+        processor=_processor(),
+        report=report,
+    )
     _write_manifest(bundle, manifest.model_copy(update={"tuned": tuned}))
     return tuned
+
+
+def tune_copy(
+    *, bundle: Path, compiled: EngineSummary, options: Tuning, max_threads: int, out: Path, report: Report = silent
+) -> TunedSummary:
+    """A copy of a bundle in the directory `out`, with the fastest settings on this machine in its manifest.
+
+    Args:
+        bundle: not changed.
+        compiled: what compiling it said.
+        options: how settings are searched.
+        max_threads: the most to try.
+
+    Raises:
+        ValueError: see `tune_bundle`.
+    """
+    shutil.copytree(bundle, out, dirs_exist_ok=True)
+    tuned = tune_bundle(bundle=out, max_threads=max_threads, options=options, report=report)
+    return TunedSummary(**{**dict(compiled), "size_bytes": _size(out)}, tuned=tuned)
+
+
+def settings_here(bundle: Path, manifest: Manifest) -> tuple[Engine, int | None]:
+    """The options to load a bundle with, and how many threads; None: as many as asked for, where it was not tuned.
+
+    What was found on another processor, or another number of cores, is not used, and a warning says so.
+    """
+    tuned, here = manifest.tuned, (_processor(), num_cores())
+    if tuned is None:
+        return manifest.engine, None
+    if (tuned.processor, tuned.num_cores) == here:
+        return manifest.tuned_engine, tuned.threads
+    logger.warning(
+        "%s was tuned on %s with %d cores; here are %s with %d, so the settings it was compiled with are used. "
+        "For the fastest ones here: slimline tune",
+        bundle,
+        tuned.processor,
+        tuned.num_cores,
+        *here,
+    )
+    return manifest.engine, None
 
 
 def _windows(checkpoint: Path, data: Path | None, max_length: int) -> "Ids":
@@ -259,7 +319,8 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
             f"{bundle} holds an encoder or encoder-decoder, which has no session of a decoder. Load it with "
             "tasks.engines.exported.load_exported."
         )
-    return runnable(bundle, verify).tuned_engine.load(bundle, threads=threads), load_tokenizer(bundle)
+    engine, _ = settings_here(bundle, runnable(bundle, verify))
+    return engine.load(bundle, threads=threads), load_tokenizer(bundle)
 
 
 def load_original(path: Path, *, threads: int) -> "Session":
@@ -288,15 +349,16 @@ def load_generator(
     manifest = runnable(bundle, verify)
     if draft:
         _check_draft(bundle, manifest, draft, runnable(draft, verify))
+    engine, tuned_threads = settings_here(bundle, manifest)
     if threads is None:
-        threads = manifest.tuned.threads if manifest.tuned else num_cores()
+        threads = tuned_threads or num_cores()
     runtime: Runtime
     if _is_exported(bundle):
         if lookup or draft:
             raise ValueError("Tokens are proposed to decoders; this is an encoder-decoder. Leave lookup and draft out.")
         runtime = EncoderDecoderRuntime(load_for(bundle, manifest.engine, threads=threads))
     else:
-        runtime = runtime_of(manifest.tuned_engine, bundle, threads=threads, lookup=lookup, draft=draft)
+        runtime = runtime_of(engine, bundle, threads=threads, lookup=lookup, draft=draft)
     tokenizer = load_tokenizer(bundle)
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return TextGenerator(runtime, tokenizer, end_tokens(bundle) or own)

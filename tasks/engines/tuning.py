@@ -30,6 +30,16 @@ MIN_GAIN = 0.03
 """A setting must be faster by this fraction: rounds of the same setting differ by about as much."""
 
 
+class Tuning(BaseModel, frozen=True, extra="forbid"):
+    """How settings are searched: as in a request of this shape, every value in so many interleaved rounds."""
+
+    prompt_tokens: int = Field(128, ge=1, description="Tokens read.")
+    new_tokens: int = Field(32, ge=2, description="Tokens written and timed; they count as many times as are read.")
+    num_rounds: int = Field(
+        7, ge=3, description="Rounds in which every value of a setting is timed; one more warms up."
+    )
+
+
 class Trial(BaseModel, frozen=True, extra="forbid"):
     """One value of one setting."""
 
@@ -37,19 +47,26 @@ class Trial(BaseModel, frozen=True, extra="forbid"):
     value: str | int
     ttft_ms: float = Field(description="Of a prompt at batch size 1, median over rounds.")
     tpot_ms: float
-    refused: str | None = Field(None, description="Why it was not taken however fast it is.")
+    refused: str | None = Field(
+        None, description="Why it was not taken however fast it is; None where no such reason was met, or needed."
+    )
 
 
 class Tuned(BaseModel, frozen=True, extra="forbid"):
     """What was found, on which processor and with what."""
 
     processor: str
-    num_cores: int
+    num_cores: int = Field(description="That the process could use.")
     threads: int
     options: dict[str, str] = Field(description="Options of the engine that differ from those it was compiled with.")
     prompt_tokens: int
     new_tokens: int
     trials: tuple[Trial, ...]
+
+    @property
+    def words(self) -> str:
+        """The settings, for people."""
+        return ", ".join([f"threads {self.threads}", *(f"{name} {value}" for name, value in self.options.items())])
 
 
 class _Timing(NamedTuple):
@@ -60,21 +77,22 @@ class _Timing(NamedTuple):
 def tune(
     bundle: Path,
     engine: "Engine",
+    options: Tuning,
     *,
     windows: "Ids",
+    max_threads: int,
     num_cores: int,
     processor: str,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    num_rounds: int = 7,
     report: Report = silent,
 ) -> Tuned:
     """Searches threads and the engine's settings for the least time of a request that writes as much as it reads.
 
     Args:
+        options: how long and how often.
         windows: [num_windows, length] token ids of text, on which answers are compared.
-        num_cores: the most threads to try.
-        processor: its name, to be kept with what is found.
+        max_threads: the most to try.
+        num_cores: that this process may use, to be kept with what is found.
+        processor: its name, likewise.
 
     Raises:
         ValueError: the engine has no settings to try, or the model is too short for such a request.
@@ -84,9 +102,9 @@ def tune(
             f"Settings are searched for the engines {', '.join(SETTINGS)}; got {engine.engine!r}, whose compiler "
             "searches its kernels itself."
         )
-    best, threads = engine, num_cores
+    best, threads = engine, max_threads
     trials: list[Trial] = []
-    counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < num_cores), num_cores}, reverse=True)
+    counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < max_threads), max_threads}, reverse=True)
     steps = [("threads", counts), *((name, alternatives(engine, name)) for name in SETTINGS[engine.engine])]
     for number, (setting, values) in enumerate(steps):
         first = threads if setting == "threads" else getattr(best, setting)
@@ -96,19 +114,14 @@ def tune(
             for value in ordered
         ]
         with _sessions(bundle, choices) as sessions:
-            timings = _time_interleaved(sessions, prompt_tokens, new_tokens, num_rounds)
-            refused = [_refusal(session, sessions[0], windows) for session in sessions]
+            timings = _time_interleaved(sessions, options)
+            times = [t.ttft_ms + (options.prompt_tokens - 1) * t.tpot_ms for t in timings]
+            winner, refused = _fastest(sessions, times, windows)
         trials += [
-            Trial(setting=setting, value=value, ttft_ms=t.ttft_ms, tpot_ms=t.tpot_ms, refused=why)
-            for value, t, why in zip(ordered, timings, refused, strict=True)
+            Trial(setting=setting, value=value, ttft_ms=t.ttft_ms, tpot_ms=t.tpot_ms, refused=refused.get(index))
+            for index, (value, t) in enumerate(zip(ordered, timings, strict=True))
         ]
-        times = [
-            t.ttft_ms + (prompt_tokens - 1) * t.tpot_ms if why is None else float("inf")
-            for t, why in zip(timings, refused, strict=True)
-        ]
-        winner = int(np.argmin(times))
-        if times[winner] < (1 - MIN_GAIN) * times[0]:
-            best, threads = choices[winner]
+        best, threads = choices[winner]
         report(number + 1, len(steps), {})
     changed = {name: str(getattr(best, name)) for name in SETTINGS[engine.engine]}
     return Tuned(
@@ -116,10 +129,26 @@ def tune(
         num_cores=num_cores,
         threads=threads,
         options={name: value for name, value in changed.items() if value != getattr(engine, name)},
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
         trials=tuple(trials),
     )
+
+
+def _fastest(sessions: "list[Session]", times: list[float], windows: "Ids") -> tuple[int, dict[int, str]]:
+    """The fastest whose answers are those of the first, which stays unless another gains more than noise; and why not.
+
+    Answers take longer to compare than times to measure, so only those are that would win.
+    """
+    refused: dict[int, str] = {}
+    for index in np.argsort(times).tolist():
+        if index == 0 or times[index] >= (1 - MIN_GAIN) * times[0]:
+            break
+        why = _refusal(sessions[index], sessions[0], windows)
+        if why is None:
+            return index, refused
+        refused[index] = why
+    return 0, refused
 
 
 @contextmanager
@@ -132,8 +161,9 @@ def _sessions(bundle: Path, choices: "list[tuple[Engine, int]]") -> "Iterator[li
         yield sessions
 
 
-def _time_interleaved(sessions: "list[Session]", prompt_tokens: int, new_tokens: int, num_rounds: int) -> list[_Timing]:
+def _time_interleaved(sessions: "list[Session]", options: Tuning) -> list[_Timing]:
     """Medians over rounds; every round has its own prompt, and the first warms up."""
+    prompt_tokens, new_tokens = options.prompt_tokens, options.new_tokens
     longest = min(session.max_length for session in sessions)
     if prompt_tokens + new_tokens > longest:
         raise ValueError(
@@ -142,7 +172,7 @@ def _time_interleaved(sessions: "list[Session]", prompt_tokens: int, new_tokens:
         )
     random = np.random.default_rng(0)
     found: list[list[_Timing]] = [[] for _ in sessions]
-    for round_number in range(num_rounds + 1):
+    for round_number in range(options.num_rounds + 1):
         prompt = random.integers(0, sessions[0].vocab_size, (1, prompt_tokens))
         for session, timings in zip(sessions, found, strict=True):
             timing = _time(session, prompt, new_tokens)
@@ -158,4 +188,4 @@ def _time(session: "Session", prompt: "Ids", new_tokens: int) -> _Timing:
 
 def _refusal(session: "Session", original: "Session", windows: "Ids") -> str | None:
     """Why a session's answers are not those of the original."""
-    return None if session is original else ROUNDED.broken_by(compare(session, original, windows))
+    return ROUNDED.broken_by(compare(session, original, windows))

@@ -39,18 +39,19 @@ class LatencyWorker(Worker):
 def load(path: Path, *, original: bool, threads: int) -> "Session":
     """The session of an engine bundle, or of the original: a checkpoint in PyTorch and float32, or a bundle too.
 
-    Without its tokenizer, whose library would bring PyTorch into the memory of every other engine.
+    A bundle that was tuned here has the threads that were found; all others have as many as are asked for. Without its
+    tokenizer, whose library would bring PyTorch into the memory of every other engine.
     """
     if original and not (path / "manifest.json").exists():
         from tasks.engines.pytorch import PyTorch
 
         return PyTorch(precision="float32").load(path, threads=threads)
-    from tasks.engines.compiling import read_manifest
+    from tasks.engines.compiling import read_manifest, settings_here
 
-    engine = read_manifest(path).engine
+    engine, tuned_threads = settings_here(path, read_manifest(path))
     if problem := engine.missing() or engine.cannot_run():
         raise ValueError(problem)
-    return engine.load(path, threads=threads)
+    return engine.load(path, threads=tuned_threads or threads)
 
 
 def main(answers_fd: int) -> None:

@@ -21,6 +21,7 @@ MIXED = {
     "method": "gptq",
     "weights": {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "bits_per_weight": 6},
 }
+TUNING = {"prompt_tokens": 16, "new_tokens": 8, "num_rounds": 3}
 TRAINING = {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 2}
 
 
@@ -51,7 +52,7 @@ def recipe(tiny_checkpoint: Path, **changes) -> dict:
         },
         "candidates": {
             "int8": {"quantization": INT8},
-            "mixed": {"quantization": MIXED, "engines": [ONNXRUNTIME]},
+            "mixed": {"quantization": MIXED, "engines": [ONNXRUNTIME], "tune": TUNING},
             "pruned": {
                 "pruning": {"method": "width", "keep": 0.5, "round_to": 32},
                 "recovery": {"training": TRAINING},
@@ -119,6 +120,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(first):
     assert "pruned train-quantized" in page
     assert "mixed precision, 6 bits per weight, GPTQ" in page
     assert "mixed measure-sensitivity" in page
+    assert "mixed/onnxruntime tune" in page
+    assert re.search(r"; tuned: threads \d", page)
     assert "16 parts; model.layers." in page
     assert not re.search(r"""(src|href)=["']https?://(?!127\.0\.0\.1|localhost)""", page)
 

@@ -165,6 +165,12 @@ def test_registering_without_limits_is_refused():
     assert "needs a limit" in refusal(changed(register_as="tiny"))
 
 
+def test_tuning_an_engine_without_settings_is_refused():
+    engines = [*GOOD["engines"], {"engine": "tensorrt", "precision": "float16"}]
+    content = changed(candidates={"a": {"tune": {}, "engines": engines}})
+    assert "`tune` searches settings of onnxruntime, openvino; tensorrt-float16 has none" in refusal(content)
+
+
 def test_the_same_engine_twice_is_refused():
     assert "lists the same engine twice: onnxruntime" in refusal(changed(engines=GOOD["engines"] * 2))
 

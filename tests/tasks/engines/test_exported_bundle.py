@@ -81,7 +81,7 @@ def test_what_an_encoder_cannot_do_is_said(bundle) -> None:
     with pytest.raises(ValueError, match="no session of a decoder"):
         load_bundle(out, threads=1)
     with pytest.raises(ValueError, match="searched for decoders"):
-        tune_bundle(bundle=out, num_cores=1)
+        tune_bundle(bundle=out, max_threads=1)
 
 
 def test_what_an_encoder_decoder_cannot_do_is_said(bundle) -> None:
