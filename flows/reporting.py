@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of_all, speed_of_all
+from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of_all
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -133,7 +133,7 @@ def _rows(
     parent: Parent,
 ) -> list[Row]:
     quality, figures, failed = (
-        quality_of_all(recipe, products),
+        quality_of(products),
         figures_of(recipe, products),
         failures(products),
     )
