@@ -1,6 +1,7 @@
 """OpenVINO on the CPU: its options, and what it compiles."""
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,27 +20,35 @@ class OpenVino(BaseModel, frozen=True, extra="forbid"):
 
     engine: Literal["openvino"] = "openvino"
     precision: Literal["float32", "bfloat16"] = Field(
-        description="Of everything that is not a quantized weight's product."
+        description="Of everything that is not a quantized weight's product. bfloat16 needs a processor that has it."
     )
     activations: Literal["int8", "float32"] = Field(
         "int8",
         description="What a quantized weight is multiplied with: the inputs rounded to 8 bits in groups of 32 as they "
-        "come (fast), or as they are (exact, slow). Float weights are not affected.",
+        "come (fast), or as they are (exact, slow). Float weights are not affected; nor is anything on processors "
+        "without VNNI or AMX, where OpenVINO multiplies in floats.",
     )
     kv_cache: Literal["uint8", "float16", "float32"] = Field("uint8", description="How keys and values are kept.")
 
     @property
     def executable(self) -> bool:
         """Whether what `compile` writes runs on this machine."""
-        return self.missing() is None
+        return self.cannot_run() is None
 
     def cannot_run(self) -> str | None:
-        """Why this machine cannot run what `compile` builds; None if it can."""
-        return self.missing()
+        """Why this machine cannot run what `compile` builds as these options say; None if it can."""
+        if problem := self.missing():
+            return problem
+        if self.precision == "bfloat16" and not _has_bfloat16():
+            return (
+                "OpenVINO computes in bfloat16 where the processor does (AVX-512, AMX); this one does not, and would "
+                "compute in float32. Set `precision: float32`, or measure on another machine."
+            )
+        return None
 
     def cannot_load(self, bundle: Path) -> str | None:
-        """Why this machine cannot run the bundle; None if it can."""
-        return self.cannot_run()
+        """Why this machine cannot load the bundle; None if it can. Without bfloat16 it answers in float32."""
+        return self.missing()
 
     def missing(self) -> str | None:
         """What this machine lacks to compile and run it; None if nothing."""
@@ -122,6 +131,13 @@ def cpu_properties(
         # Two processes that both pin would share a core and leave another idle.
         "ENABLE_CPU_PINNING": False,
     }
+
+
+@cache
+def _has_bfloat16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _group_size(activations: Literal["int8", "float32"]) -> int:
