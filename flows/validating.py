@@ -50,6 +50,8 @@ def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options
         path, equals, value = option.partition("=")
         if not equals or not path:
             raise ValueError(f"An option is given as --set path=value; got {option!r}.")
+        if path.startswith("validation.if_inconclusive"):
+            raise ValueError(f"`slimline validate` measures once; got {option!r}. Drop it, or measure more windows.")
         _put(content, path.split("."), yaml.safe_load(value))
     content |= {
         "name": f"validate-{name}"[:64],

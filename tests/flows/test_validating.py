@@ -139,6 +139,7 @@ def test_the_original_is_the_other_bundle(rejected):
         (["validation.speed.num_block=3"], r"num_block\b"),
         (["validation.limits.never_slower_than=[unquantized]"], "write `original`"),
         (["validation"], "--set path=value; got 'validation'"),
+        (["validation.if_inconclusive.max_rounds=2"], "measures once; got 'validation.if_inconclusive.max_rounds=2'"),
     ],
 )
 def test_an_option_that_is_none_is_refused(bundle, options, message):
