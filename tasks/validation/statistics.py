@@ -184,8 +184,8 @@ def paired_proportions(candidate: ArrayLike, original: ArrayLike, *, confidence:
 
     The test: of the items where just one is right, as many should be the one's as the other's (McNemar, Psychometrika
     1947; the exact form is the binomial test). The interval: Newcombe, Statistics in Medicine 17 (1998), method 10,
-    Wilson's score intervals joined with their correlation (without its continuity correction); it keeps its width when
-    no item differs, where the bootstrap's is zero.
+    Wilson's score intervals joined with their correlation, corrected for continuity; it keeps its width when no item
+    differs, where the bootstrap's is zero.
 
     Args:
         candidate: [num_items] bool.
@@ -206,7 +206,10 @@ def paired_proportions(candidate: ArrayLike, original: ArrayLike, *, confidence:
     p, q = right.mean(), right_before.mean()
     (p_low, p_high), (q_low, q_high) = (wilson(int(x.sum()), num, confidence) for x in (right, right_before))
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    phi = (both * neither - gained * lost) / math.sqrt(margins) if margins else 0.0
+    agreement = both * neither - gained * lost
+    if agreement > 0:
+        agreement = max(agreement - num / 2, 0)
+    phi = agreement / math.sqrt(margins) if margins else 0.0
     below = (p - p_low) ** 2 - 2 * phi * (p - p_low) * (q_high - q) + (q_high - q) ** 2
     above = (q - q_low) ** 2 - 2 * phi * (q - q_low) * (p_high - p) + (p_high - p) ** 2
     value = float(p - q)

@@ -9,9 +9,11 @@ from tasks.validation.statistics import (
     expanded_tail,
     median,
     paired_increase_percent,
+    paired_proportions,
     percentiles,
     ratio_of_medians,
     ratio_through_control,
+    wilson,
 )
 
 
@@ -142,3 +144,24 @@ def test_the_same_seed_gives_the_same_interval():
     first, again, other = (bootstrap_ratio_of_sums(values, np.ones(40), np.arange(40), seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("num", [2, 20, 400])
+def test_equal_answers_leave_room_for_what_was_not_asked(num):
+    answers = np.arange(num) % 2 == 0
+    found = paired_proportions(answers, answers).difference
+    assert found.value == 0
+    assert found.low == pytest.approx(-found.high)
+    assert 1 / num < found.high < 4 / np.sqrt(num)
+
+
+def test_newcombes_tenth_method_by_hand():
+    """20 right in both, 12 gained, 2 lost, 16 wrong in both; phi = (320 - 24 - 25) / sqrt(32 * 18 * 22 * 28)."""
+    right = np.repeat([True, True, False, False], [20, 12, 2, 16])
+    before = np.repeat([True, False, True, False], [20, 12, 2, 16])
+    (p_low, p_high), (q_low, q_high), phi = wilson(32, 50), wilson(22, 50), 271 / np.sqrt(32 * 18 * 22 * 28)
+    a, b, c, d = 0.64 - p_low, q_high - 0.44, 0.44 - q_low, p_high - 0.64
+    found = paired_proportions(right, before).difference
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.2 - np.sqrt(a * a - 2 * phi * a * b + b * b))
+    assert found.high == pytest.approx(0.2 + np.sqrt(c * c - 2 * phi * c * d + d * d))
