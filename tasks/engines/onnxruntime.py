@@ -224,7 +224,6 @@ def session_options(threads: int) -> Any:
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
     settings.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     if not _has_vnni():  # there, fast products of unsigned and signed bytes overflow; with it this only slows down
         settings.add_session_config_entry("session.x64quantprecision", "1")
