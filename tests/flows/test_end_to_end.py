@@ -102,7 +102,7 @@ def test_the_chain_ends_with_a_table_a_report_and_a_registered_version(first):
 def test_programs_that_candidates_wrote_were_run_and_judged(first, home):
     items = [pd.read_parquet(path) for path in home.glob("artifacts/*/files/items.parquet")]
     asked = [table for table in items if "outcome" in table]
-    assert len(asked) >= 4
+    assert len(asked) >= 2  # candidates that answer alike have one artifact: it is named by its content
     assert all(list(table["num_passed"]) == [0, 0] for table in asked)  # a random model writes no programs
     found = re.search(r"(/\S+\.html)", first.stdout)
     checks = [check for row in json.loads(Path(found[1]).with_suffix(".json").read_text())["rows"]
