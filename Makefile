@@ -4,8 +4,10 @@
 #   TORCH_INDEX=https://...   where torch comes from, e.g. https://download.pytorch.org/whl/cpu
 #   RECIPE=recipes/....yaml   what `make run` and `make bench` work on
 #   ARGS=...                  handed on: make test ARGS="tests/tasks/pruning -x"
+#   JOBS=2                    test files that run at a time; each takes up to 3 GiB and a core. 0: all in one process
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
+JOBS ?= 2
 EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,benchmarks,lm-eval,demo,test,dev
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
@@ -32,7 +34,7 @@ run: install ## optimize the model of RECIPE and print the result
 	$(BIN)/slimline run $(RECIPE) $(ARGS)
 
 test: install ## the whole test suite, without the real model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-real: install ## what the suite leaves out: the default recipe on the real model (minutes)
 	$(BIN)/python -m pytest -m real $(ARGS)
