@@ -44,7 +44,7 @@ class OnnxRuntimeRunner:
         settings = session_options(threads)
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         settings.add_session_config_entry("session.disable_quant_qdq", "1" if activations == "float32" else "0")
-        # Without VNNI, ONNX Runtime 1.31 makes signed integers in groups unsigned with zero points that it then refuses.
+        # Without VNNI, ONNX Runtime 1.31 else makes integers in groups unsigned, with zero points that it refuses.
         settings.add_session_config_entry("session.qdqisint8allowed", "1")
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._session: Any = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
