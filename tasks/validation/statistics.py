@@ -206,7 +206,7 @@ def paired_proportions(candidate: ArrayLike, original: ArrayLike, *, confidence:
     p, q = right.mean(), right_before.mean()
     (p_low, p_high), (q_low, q_high) = (wilson(int(x.sum()), num, confidence) for x in (right, right_before))
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    agreement = both * neither - gained * lost
+    agreement: float = both * neither - gained * lost
     if agreement > 0:
         agreement = max(agreement - num / 2, 0)
     phi = agreement / math.sqrt(margins) if margins else 0.0
