@@ -4,7 +4,7 @@
 #   TORCH_INDEX=https://...   where torch comes from, e.g. https://download.pytorch.org/whl/cpu
 #   RECIPE=recipes/....yaml   what `make run` and `make bench` work on
 #   ARGS=...                  handed on: make test ARGS="tests/tasks/pruning -x"
-#   JOBS=2                    test files that run at a time; each takes up to 3 GiB and a core. 0: all in one process
+#   JOBS=2                    test files of algorithms that run at a time; each takes up to 3 GiB and a core
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
 JOBS ?= 2
@@ -34,7 +34,12 @@ run: install ## optimize the model of RECIPE and print the result
 	$(BIN)/slimline run $(RECIPE) $(ARGS)
 
 test: install ## the whole test suite, without the real model
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 tests/tasks
+	$(BIN)/python -m pytest --ignore tests/tasks
+endif
 
 test-real: install ## what the suite leaves out: the default recipe on the real model (minutes)
 	$(BIN)/python -m pytest -m real $(ARGS)

@@ -55,7 +55,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     names += ["s3.port", "s3.port.grpc"]
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
     options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={home}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
-    options += ["-s3", "-iam=false", f"-s3.config={home / 'identities.json'}"]
+    options += ["-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false", f"-s3.config={home / 'identities.json'}"]
     options += [f"-{name}={port}" for name, port in ports.items()]
     log = home / "log.txt"
     with log.open("wb") as stream:

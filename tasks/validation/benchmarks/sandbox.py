@@ -89,7 +89,7 @@ def missing() -> str | None:
         return None
     return (
         f"Generated code runs only where it can be confined: Linux on {' or '.join(MACHINES)}; this is "
-        f"{platform.system()} on {platform.machine()}. Leave the task `code` out, or run it elsewhere."
+        f"{platform.system()} on {platform.machine()}. Leave the task `code_generation` out, or run it elsewhere."
     )
 
 
@@ -139,7 +139,7 @@ def _outcome(answer: bytes, secret: str, returncode: int, *, in_time: bool) -> O
         if "unconfined" in said:
             raise ValueError(
                 f"Generated code runs only where it can be confined; here that failed: {said['unconfined']}. Leave the "
-                "task `code` out, or run it on a machine that allows seccomp filters."
+                "task `code_generation` out, or run it on a machine that allows seccomp filters."
             )
         if said.get("passed") is True and in_time:
             return Outcome(passed=True, how="passed", writes=said["writes"])
