@@ -46,10 +46,10 @@ def quantize(contender: Contender) -> tuple[dict[str, Floats], float]:
                 contender.notes.append(f"trained on {training.training.max_steps} batches of training text")
         if summary.mixed:
             contender.notes.append(summary.mixed.layers)
-        found = read_weights(trained if training else out)
+        found = read_weights(trained if training else out)  # integers are read when they are asked for
+        weights = {n: v.dequantize() if isinstance(v, QuantizedWeight) else v for n, v in found.items()}
     num_floats = summary.num_parameters - summary.num_quantized
     num_bits = summary.bits_per_weight * summary.num_quantized + 32 * num_floats
-    weights = {n: v.dequantize() if isinstance(v, QuantizedWeight) else v for n, v in found.items()}
     return weights, num_bits
 
 
