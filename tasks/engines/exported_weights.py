@@ -262,7 +262,7 @@ class _Writer:
 
 def _blocks(weight: QuantizedWeight) -> tuple[NDArray[np.float32], NDArray[Any] | None, int | None]:
     """[out, blocks] scales and zero points and the block's size; None: one per row."""
-    in_features, groups = weight.integers.shape[1], weight.scale.shape[1]
+    in_features, groups = weight.shape[1], weight.scale.shape[1]
     if groups > 1:
         return weight.scale, weight.zero_point, in_features // groups
     size = next((size for size in BLOCK_SIZES if in_features % size == 0), None) if weight.bits <= 4 else None

@@ -99,7 +99,7 @@ class TrainableWeight(nn.Module):
         self.shift = nn.Parameter(torch.zeros_like(scale)) if weight.has_real_zero_point else None
         self.latent = latent
         if latent is not None:
-            num_together = weight.integers.shape[1] // scale.shape[1]
+            num_together = weight.shape[1] // scale.shape[1]
             factor = (num_together * integer_range(self.bits, weight.zero_point is None)[1]) ** -0.5
             register_hook: Any = self.log_scale.register_hook  # it has no types
             register_hook(lambda grad: grad * factor)  # LSQ's g, section 2.2

@@ -5,6 +5,7 @@ exported computes what was trained.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,9 +153,9 @@ def train_quantized(
     )
     changed = [np.count_nonzero(trained[n].stored().integers != quantized[n].integers) for n in quantized]
     figures = summary.model_dump() | {
-        "num_parameters": sum(w.integers.size if isinstance(w, QuantizedWeight) else w.size for w in weights.values()),
+        "num_parameters": sum(math.prod(weight.shape) for weight in weights.values()),
         "num_trained": num_trained,
-        "num_integers": sum(weight.integers.size for weight in quantized.values()),
+        "num_integers": sum(math.prod(weight.shape) for weight in quantized.values()),
         "num_integers_changed": sum(changed),
         "size_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
     }
