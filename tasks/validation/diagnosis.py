@@ -115,17 +115,17 @@ def examine(
         checkpoint: what it was compiled from; None: not known, so its layers are not compared.
         original: the checkpoint to compare layers with; None where the original is a bundle too.
         data: prepared tokens; the first evaluation windows are read.
-        threads: of the engine, as it was timed.
+        threads: of the engine, unless it was tuned here: then it has those that were found, as when it was timed.
 
     Raises:
         ValueError: the bundle cannot be loaded.
     """
     from tasks.calibration.tokens import load_tokens
-    from tasks.engines.compiling import read_manifest
+    from tasks.engines.compiling import read_manifest, settings_here
 
-    engine = read_manifest(bundle).tuned_engine
+    engine, tuned_threads = settings_here(bundle, read_manifest(bundle))
     windows = load_tokens(data, "evaluation")[:NUM_WINDOWS, :MAX_LENGTH].astype(np.int64)
-    operators = read_operators(bundle, engine, windows[:1, :PROMPT_TOKENS], threads=threads)
+    operators = read_operators(bundle, engine, windows[:1, :PROMPT_TOKENS], threads=tuned_threads or threads)
     report(1, 3, {})
     why = "the checkpoint that it was compiled from is not known"
     layers: tuple[LayerError, ...] = ()

@@ -18,6 +18,7 @@ from tasks.engines.compiling import (
     tune_copy,
 )
 from tasks.engines.tuning import Tuned, Tuning, tune
+from tasks.validation import diagnosis
 from tasks.validation.latency_worker import load
 
 WINDOWS = np.arange(40).reshape(2, 20)
@@ -167,6 +168,24 @@ def test_measuring_uses_what_was_found_here(compiled, tmp_path: Path) -> None:  
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == ("1", "f32")
     facts = load(compiled[0], original=False, threads=2).facts
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == (str(min(2, num_cores())), "u8")
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [({}, ("float32", 1)), ({"processor": "Abacus 3000"}, ("uint8", 2))],
+    ids=["here", "elsewhere"],
+)
+def test_a_diagnosis_is_of_what_was_measured(  # type: ignore[no-untyped-def]
+    compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, object], expected: tuple[str, int]
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        diagnosis, "read_operators", lambda bundle, engine, prompt, threads: asked.append((engine.kv_cache, threads))
+    )
+    np.save(tmp_path / "evaluation.npy", WINDOWS.astype(np.int32))
+    bundle = _tuned(compiled[0], tmp_path / "bundle", **where)
+    diagnosis.examine(bundle=bundle, checkpoint=None, original=None, data=tmp_path, threads=2, out=tmp_path)
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize("elsewhere", [{"processor": "Abacus 3000"}, {"num_cores": num_cores() + 1}])
