@@ -37,6 +37,11 @@ class Architecture:
         return self.attention + self.mlp
 
     @property
+    def base(self) -> str:
+        """The attribute that holds the bare model, without the LM head."""
+        return self.blocks.partition(".")[0]
+
+    @property
     def attention_module(self) -> str:
         """The module around the attention's linear layers."""
         return self.attention[0].rpartition(".")[0]

@@ -190,9 +190,13 @@ class _Block:
     arguments: Arguments
     residence: Residence
 
-    def run(self, hidden: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What it gives; with other `weights`, by their names in the block, as if they were its own."""
         args, kwargs = self.arguments[hidden.shape[:2]][self.index]
-        output = self.module(hidden, *args, **kwargs)
+        if weights:
+            output = functional_call(self.module, dict(weights), (hidden, *args), kwargs)
+        else:
+            output = self.module(hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -315,37 +319,22 @@ def compare_blocks(
     """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)
     arguments: Arguments = {}
-    (hidden,) = _enter_blocks(model, blocks, [input_ids], InMemory(model), arguments)
+    residence = InMemory(model)
+    (hidden,) = _enter_blocks(model, blocks, [input_ids], residence, arguments)
     drifted = hidden
+    halves = (family.attention_module + ".", family.attention_norm + ".")
     found = []
-    for index, block in enumerate(blocks):
-        args, kwargs = arguments[input_ids.shape][index]
-
-        def run(
-            weights: Mapping[str, Tensor], x: Tensor, block: nn.Module = block, given: Any = (args, kwargs)
-        ) -> Tensor:
-            output = functional_call(block, dict(weights), (x, *given[0]), given[1])
-            result: Tensor = output[0] if isinstance(output, tuple) else output
-            return result
-
-        weights = others(family.block(index))
-        halves = (family.attention_module + ".", family.attention_norm + ".")
+    for index, module in enumerate(blocks):
+        block, weights = _Block(module, index, arguments, residence), others(family.block(index))
         attention = {name: value for name, value in weights.items() if name.startswith(halves)}
-        output, drifted = run({}, hidden), run(weights, drifted)
+        feed_forward = {name: value for name, value in weights.items() if name not in attention}
+        output, drifted = block.run(hidden), block.run(drifted, weights)
         added = (output - hidden).norm()
-
-        def error(weights: Mapping[str, Tensor], x: Tensor = hidden, y: Tensor = output, of: Tensor = added) -> float:
-            return float((run(weights, x) - y).norm() / of)
-
-        found.append(
-            BlockErrors(
-                name=family.block(index),
-                whole=error(weights),
-                attention=error(attention),
-                feed_forward=error({name: value for name, value in weights.items() if name not in attention}),
-                accumulated=float((drifted - output).norm() / output.norm()),
-            )
+        whole, half, rest = (
+            float((block.run(hidden, part) - output).norm() / added) for part in (weights, attention, feed_forward)
         )
+        accumulated = float((drifted - output).norm() / output.norm())
+        found.append(BlockErrors(family.block(index), whole, half, rest, accumulated))
         hidden = output
         report(index + 1, len(blocks), {})
     return found

@@ -57,7 +57,7 @@ class StreamedPyTorch:
         torch.set_num_threads(threads)
         family = json.loads((checkpoint / "config.json").read_text())["model_type"]
         self._family = GPT2 if family == "gpt2" else ARCHITECTURES[family]
-        self._weights = FloatWeights(checkpoint, self._family.blocks.partition(".")[0])
+        self._weights = FloatWeights(checkpoint, self._family.base)
         self._model = empty_model(checkpoint, self._weights.shapes)
         round_inputs_(self._model, checkpoint)
         scales = read_cache_scales(checkpoint)

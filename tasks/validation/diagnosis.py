@@ -165,28 +165,23 @@ def compare_layers(checkpoint: Path, original: Path, windows: "Ids") -> tuple[st
     """
     import torch
 
-    from tasks.calibration.architectures import architecture
     from tasks.calibration.checkpoints import load_model
     from tasks.calibration.layerwise import compare_blocks
-    from tasks.quantization.checkpoint_format import QuantizedWeight, read_weights
+    from tasks.quantization.float_weights import FloatWeights
 
     config = json.loads((original / "config.json").read_text())
-    if config["model_type"] not in ARCHITECTURES:
+    family = ARCHITECTURES.get(config["model_type"])
+    if family is None:
         return f"the blocks of {config['model_type']} are not known", ()
     if _num_layers(checkpoint) != _num_layers(original):
         return f"it has {_num_layers(checkpoint)} blocks and the original {_num_layers(original)}", ()
-    weights = read_weights(checkpoint)
+    weights = FloatWeights(checkpoint, family.base)
 
     def below(module: str) -> "dict[str, Tensor]":
-        found = {}
-        for name, value in weights.items():
-            if name.startswith(f"{module}."):
-                values = value.dequantize() if isinstance(value, QuantizedWeight) else value
-                found[name.removeprefix(f"{module}.")] = torch.from_numpy(np.ascontiguousarray(values))
-        return found
+        names = [name for name in weights.shapes if name.startswith(f"{module}.")]
+        return {name.removeprefix(f"{module}."): weights.copy(name) for name in names}
 
-    model = load_model(original)
-    errors = compare_blocks(model, architecture(config["model_type"]), torch.from_numpy(windows), below)
+    errors = compare_blocks(load_model(original), family, torch.from_numpy(windows), below)
     return "", tuple(LayerError(**vars(error)) for error in errors)
 
 
