@@ -23,7 +23,7 @@ asymmetric integers and zero points are ours less 2 ** (bits - 1).
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -194,18 +194,30 @@ def read_weights(checkpoint: Path) -> dict[str, NDArray[np.float32] | QuantizedW
     tied = bool(config.get("tie_word_embeddings", False))
     weights: dict[str, NDArray[np.float32] | QuantizedWeight] = {}
     with Tensors(checkpoint) as tensors:
-        for name in tensors.names:
-            module, _, parameter = name.rpartition(".")
-            if (tied and module == "lm_head") or (quantization and parameter in ("k_scale", "v_scale")):
+        for name, quantized in list_weights(tensors, quantization):
+            if tied and name.rpartition(".")[0] == "lm_head":
                 continue
-            if quantization is not None and f"{module}.weight_scale" in tensors:
-                if parameter in ("weight", "weight_packed"):
-                    weights[f"{module}.weight"] = find_quantized(tensors, module, quantization)
-                elif not parameter.startswith(("weight_", "input_")):
-                    weights[name] = tensors.floats(name)
-            else:
-                weights[name] = tensors.floats(name)
+            weights[name] = find_quantized(tensors, quantized, quantization) if quantized else tensors.floats(name)
     return weights
+
+
+def list_weights(tensors: Tensors, quantization: Mapping[str, Any] | None) -> Iterator[tuple[str, str | None]]:
+    """The names of a checkpoint's weights, and of the module whose quantized weight it is; None: it is float.
+
+    What is stored beside a quantized weight, and the scales of a KV cache, are none.
+    """
+    for name in tensors.names:
+        module, _, parameter = name.rpartition(".")
+        if quantization is None:
+            yield name, None
+        elif parameter in ("k_scale", "v_scale"):
+            continue
+        elif f"{module}.weight_scale" not in tensors:
+            yield name, None
+        elif parameter in ("weight", "weight_packed"):
+            yield f"{module}.weight", module
+        elif not parameter.startswith(("weight_", "input_")):
+            yield name, None
 
 
 def read_inputs(checkpoint: Path) -> dict[str, Inputs]:
@@ -274,7 +286,7 @@ def find_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
     arguments, inputs = group["weights"], _read_inputs(tensors, module, group.get("input_activations"))
     bits = int(arguments["num_bits"])
     if arguments.get("type") == "float" and bits == 8 and arguments.get("strategy") == "channel":
-        shape = _shape(tensors, module)
+        shape = quantized_shape(tensors, module)
         scale = tensors.floats(f"{module}.weight_scale").reshape(-1, 1)
         read = partial(_read_float8, tensors.checkpoint, module)
         return StoredWeight(read, shape, scale, None, 8, None, inputs, format="float8_e4m3")
@@ -285,7 +297,7 @@ def find_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
         )
     offset = 1 << (bits - 1)
     scale = tensors.floats(f"{module}.weight_scale")
-    shape = out_features, in_features = _shape(tensors, module)
+    shape = out_features, in_features = quantized_shape(tensors, module)
     scale = scale.reshape(-1, 1) if scale.ndim < 2 else scale
     if scale.shape[0] != out_features or in_features % scale.shape[1]:
         raise ValueError(
@@ -309,7 +321,8 @@ def find_quantized(tensors: Tensors, module: str, quantization: Mapping[str, Any
     return StoredWeight(read, shape, scale, zero_point, bits, group_size, inputs)
 
 
-def _shape(tensors: Tensors, module: str) -> tuple[int, int]:
+def quantized_shape(tensors: Tensors, module: str) -> tuple[int, int]:
+    """(out, in) of a quantized layer's weight."""
     stored = f"{module}.weight_shape"
     found = tensors.tensor(stored).tolist() if stored in tensors else tensors.shape(f"{module}.weight")
     return int(found[0]), int(found[1])
@@ -322,7 +335,7 @@ def _read_integers(checkpoint: Path, module: str, bits: int, *, symmetric: bool)
         if f"{module}.weight_packed" not in tensors:
             signed: NDArray[np.int8] = tensors.tensor(f"{module}.weight").numpy()
             return signed.copy() if symmetric else signed.view(np.uint8) + offset
-        stored = unpack(tensors.tensor(f"{module}.weight_packed").numpy(), bits, _shape(tensors, module)[1])
+        stored = unpack(tensors.tensor(f"{module}.weight_packed").numpy(), bits, quantized_shape(tensors, module)[1])
         return (stored - offset).view(np.int8) if symmetric else stored
 
 

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.calibration.tensor_files import Tensors
-from tasks.quantization.checkpoint_format import QuantizedWeight, read_quantized
+from tasks.quantization.checkpoint_format import QuantizedWeight, list_weights, quantized_shape, read_quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BESIDE_WEIGHTS = ("weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
-OF_CACHES = ("k_scale", "v_scale")
 
 
 class FloatWeights:
@@ -39,23 +36,14 @@ class FloatWeights:
         self.shapes: dict[str, list[int]] = {}
         with Tensors(checkpoint) as tensors:
             bare = not any(name.startswith(f"{base}.") for name in tensors.names)
-            for stored in tensors.names:
+            for stored, module in list_weights(tensors, self._quantization):
                 name = f"{base}.{stored}" if bare and not stored.startswith("lm_head.") else stored
-                self._add(tensors, name, stored)
-
-    def _add(self, tensors: Tensors, name: str, stored: str) -> None:
-        module, _, parameter = stored.rpartition(".")
-        if self._quantization and parameter in (*BESIDE_WEIGHTS, *OF_CACHES):
-            return
-        if self._quantization and f"{module}.weight_scale" in tensors and parameter in ("weight", "weight_packed"):
-            name = name.removesuffix("_packed")
-            self._quantized[name] = module
-            shape = f"{module}.weight_shape"
-            is_packed = parameter == "weight_packed"
-            self.shapes[name] = tensors.tensor(shape).tolist() if is_packed else tensors.shape(stored)
-        else:
-            self._stored[name] = stored
-            self.shapes[name] = tensors.shape(stored)
+                if module:
+                    self._quantized[name] = module
+                    self.shapes[name] = list(quantized_shape(tensors, module))
+                else:
+                    self._stored[name] = stored
+                    self.shapes[name] = tensors.shape(stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
