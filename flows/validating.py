@@ -23,7 +23,7 @@ from infra.tracking import StageResult, end_flow, start_flow
 from tasks.bundle import import_bundle
 from tasks.checkpoint import fingerprint, import_checkpoint
 from tasks.engines import label, title
-from tasks.engines.compiling import MANIFEST, read_manifest
+from tasks.engines.compiling import MANIFEST, read_manifest, settings_here
 
 
 def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options: Sequence[str]) -> tuple[Recipe, Path]:
@@ -100,7 +100,8 @@ def validate(recipe: Recipe, bundle: str, directory: str, command: str) -> Outco
         rows = tuple(row.model_copy(update={"steps": bundle}) for row in found.rows)
         original = "PyTorch float32"
         if products.original.kind == "engine":
-            original = title(read_manifest(products.original.artifact.path).engine)
+            path = products.original.artifact.path
+            original = title(settings_here(path, read_manifest(path))[0])
         found = found.model_copy(
             update={
                 "rows": rows,

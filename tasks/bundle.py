@@ -8,13 +8,13 @@ from infra.caching import stage_policy
 from infra.stage import run_stage
 from infra.tracking import Parent, StageResult
 from tasks.compile import LIBRARIES
-from tasks.engines.compiling import EngineSummary
+from tasks.engines.importing import ImportedSummary
 
 
 @task(
     name="import-bundle",
     task_run_name="import-bundle-{label}",
-    cache_policy=stage_policy("tasks.engines.importing", *LIBRARIES),
+    cache_policy=stage_policy("tasks.engines.importing", *LIBRARIES, measured=True),
     persist_result=True,
     result_serializer="json",
 )
@@ -27,7 +27,7 @@ def import_bundle(bundle: str, manifest_sha256: str, *, parent: Parent, label: s
         inputs=[],
         arguments={"bundle": Path(bundle)},
         params={"bundle": bundle, "manifest_sha256": manifest_sha256},
-        result=EngineSummary,
+        result=ImportedSummary,
         kind="engine",
         label=label,
         is_model=True,

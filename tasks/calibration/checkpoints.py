@@ -41,7 +41,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What may hold a part of a tokenizer; `additional_chat_templates/` is copied beside them."""
+"""What may hold a part of a tokenizer; the directory `TEMPLATES` is copied beside them."""
+
+TEMPLATES = "additional_chat_templates"
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -372,9 +374,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, out / templates.name, dirs_exist_ok=True)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CONFIGS = ("config.json", "generation_config.json")
+"""Of the checkpoint, copied into the bundle beside the tokenizer."""
 PARITY_WINDOWS = 4
 PARITY_LENGTH = 128
 EXPORTED_LENGTH = 64
@@ -126,7 +128,7 @@ def compile_engine(
         notes = engine.compile(checkpoint, out)
     engine_size_bytes = _size(out)
     copy_tokenizer(checkpoint, out)
-    for name in ("config.json", "generation_config.json"):
+    for name in CONFIGS:
         if (checkpoint / name).exists():
             shutil.copyfile(checkpoint / name, out / name)
     report(1, 3, {})

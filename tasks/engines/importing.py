@@ -3,28 +3,44 @@
 import shutil
 from pathlib import Path
 
+from pydantic import Field
+
+from tasks.calibration.checkpoints import TEMPLATES, TOKENIZER_FILES
 from tasks.calibration.progress import Report, silent
-from tasks.engines.compiling import MANIFEST, EngineSummary, runnable
+from tasks.engines.card import CARD
+from tasks.engines.compiling import CONFIGS, MANIFEST, EngineSummary, runnable, settings_here
+from tasks.engines.tuning import Tuned
+
+NOT_OF_THE_ENGINE = (*TOKENIZER_FILES, TEMPLATES, *CONFIGS, CARD, MANIFEST)
 
 
-def import_bundle(*, bundle: Path, out: Path, report: Report = silent) -> EngineSummary:
+class ImportedSummary(EngineSummary):
+    """What is known of a bundle that was compiled elsewhere, or earlier."""
+
+    tuned: Tuned | None = Field(description="The settings it is loaded with; None: those it was compiled with.")
+
+
+def import_bundle(*, bundle: Path, out: Path, report: Report = silent) -> ImportedSummary:
     """Copies a bundle into `out`.
 
     Raises:
         ValueError: it is no bundle, a file was changed or lost, or this machine cannot run it.
     """
     manifest = runnable(bundle, verify=True)
+    _, tuned_threads = settings_here(bundle, manifest)
+    sizes = {}
     names = [*manifest.files, MANIFEST]
     for step, name in enumerate(names, start=1):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle / name, out / name)
+        sizes[name] = (out / name).stat().st_size
         report(step, len(names), {})
-    size_bytes = sum((out / name).stat().st_size for name in names)
-    return EngineSummary(
+    return ImportedSummary(
         status="run",
         why_not_run=None,
-        size_bytes=size_bytes,
-        engine_size_bytes=size_bytes,
+        size_bytes=sum(sizes.values()),
+        engine_size_bytes=sum(size for name, size in sizes.items() if Path(name).parts[0] not in NOT_OF_THE_ENGINE),
         facts=manifest.facts,
         parity=None,
+        tuned=None if tuned_threads is None else manifest.tuned,
     )

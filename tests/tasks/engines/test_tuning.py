@@ -17,6 +17,7 @@ from tasks.engines.compiling import (
     tune_bundle,
     tune_copy,
 )
+from tasks.engines.importing import ImportedSummary, import_bundle
 from tasks.engines.tuning import Tuned, Tuning, tune
 from tasks.validation import diagnosis
 from tasks.validation.latency_worker import load
@@ -168,6 +169,25 @@ def test_measuring_uses_what_was_found_here(compiled, tmp_path: Path) -> None:  
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == ("1", "f32")
     facts = load(compiled[0], original=False, threads=2).facts
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == (str(min(2, num_cores())), "u8")
+
+
+def test_an_imported_bundle_says_what_compiling_said_of_its_size_and_how_it_is_loaded(  # type: ignore[no-untyped-def]
+    compiled, tmp_path: Path
+) -> None:
+    bundle, summary = compiled
+
+    def imported(source: Path, name: str) -> ImportedSummary:
+        (tmp_path / name).mkdir()
+        return import_bundle(bundle=source, out=tmp_path / name)
+
+    plain = imported(bundle, "plain")
+    assert (plain.size_bytes, plain.engine_size_bytes) == (summary.size_bytes, summary.engine_size_bytes)
+    assert plain.tuned is None
+    here = imported(_tuned(bundle, tmp_path / "tuned-here"), "here")
+    assert here.tuned is not None
+    assert here.tuned.words == "threads 1, kv_cache float32"
+    elsewhere = _tuned(bundle, tmp_path / "tuned-elsewhere", processor="Abacus 3000")
+    assert imported(elsewhere, "elsewhere").tuned is None
 
 
 @pytest.mark.parametrize(
