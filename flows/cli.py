@@ -205,8 +205,7 @@ def tune(
         for trial in tuned.trials:
             line = f"{trial.setting:<20} {trial.value!s:<10} {trial.ttft_ms:>8.1f} {trial.tpot_ms:>8.2f}"
             typer.echo(f"{line}   {'answers differ: ' + trial.refused if trial.refused else ''}".rstrip())
-        chosen = "".join(f", {name} {value}" for name, value in tuned.options.items())
-        typer.echo(f"kept in {bundle / 'manifest.json'}: threads {tuned.threads}{chosen}")
+        typer.echo(f"kept in {bundle / 'manifest.json'}: {tuned.words}")
 
 
 @app.command()
