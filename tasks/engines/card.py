@@ -5,7 +5,7 @@ They stand in the card that tasks/validation/card.py writes beside it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,12 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     config = json.loads((bundle / "config.json").read_text())
-    stored = weights_words(config)
+    tag, stored = weights_words(config)
+    writes = _writes(config)
     about = ModelCardData(
         library_name="slimline",
-        pipeline_tag="text-generation" if _writes(config) else "feature-extraction",
-        tags=sorted({LIBRARY_TAGS[engine.engine], *([str(stored[0])] if stored[0] else [])}),
+        pipeline_tag="text-generation" if writes else "feature-extraction",
+        tags=sorted(filter(None, (LIBRARY_TAGS[engine.engine], tag))),
     )
     said = f"Not run where it was compiled: {why_not_run}"
     if parity:
@@ -53,14 +54,14 @@ def write_card(
         "",
         f"An engine bundle of [Slimline](https://pypi.org/project/slimline): {title(engine)}.",
         "",
-        f"* weights: {stored[1]}",
+        f"* weights: {stored}",
         f"* engine: {describe(engine)}; {', '.join(f'{name} {version}' for name, version in versions.items())}",
         f"* {said}",
         "",
         NOT_HERE,
         "",
         "```",
-        'slimline generate DIRECTORY "The capital of France is"',
+        *(['slimline generate DIRECTORY "The capital of France is"'] if writes else []),
         "slimline validate DIRECTORY --against ORIGINAL",
         "```",
         "",
@@ -71,21 +72,27 @@ def write_card(
 def weights_words(config: Mapping[str, Any]) -> tuple[str, str]:
     """How a checkpoint stores its weights: a tag ("" for floats), and words."""
     groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    kinds: dict[str, int] = {}
-    tags = set()
+    targets: dict[str, list[str]] = {}
+    fewest_bits: int | None = None
     for group in groups.values():
         weights = group.get("weights") or {}
         bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
         if bits is None:
             continue
-        tags.add(f"{bits}-bit")
+        fewest_bits = min(bits, fewest_bits or bits)
         where = f"groups of {size}" if size and size > 0 else "per channel"
         words = f"{bits} bits{' float' if kind == 'float' else ''}, {where}"
-        kinds[words] = kinds.get(words, 0) + len(group.get("targets") or ())
-    if not kinds:
+        targets.setdefault(words, []).extend(group.get("targets") or ())
+    if fewest_bits is None:
         return "", "float"
-    described = "; ".join(f"{words} ({count} layers)" for words, count in kinds.items())
-    return min(tags, key=lambda tag: int(tag.partition("-")[0])), described
+    return f"{fewest_bits}-bit", "; ".join(f"{words}{_num_layers(names)}" for words, names in targets.items())
+
+
+def _num_layers(targets: Sequence[str]) -> str:
+    """How many layers, in words; nothing where a target is a pattern or a class, which other producers write."""
+    if any(target.startswith("re:") or target in ("Linear", "Embedding") for target in targets):
+        return ""
+    return f" ({len(targets)} layers)"
 
 
 def _writes(config: Mapping[str, Any]) -> bool:

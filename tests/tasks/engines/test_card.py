@@ -33,3 +33,10 @@ def test_stored_weights_are_told_in_words(group, tag, words):
     config = {"quantization_config": {"config_groups": {"group_0": {"weights": group, "targets": ["a", "b"]}}}}
     assert weights_words(config) == (tag, words)
     assert weights_words({}) == ("", "float")
+
+
+@pytest.mark.parametrize("target", ["Linear", r"re:model\.layers.*"])
+def test_layers_that_are_not_named_are_not_counted(target):
+    group = {"weights": {"num_bits": 4, "group_size": 128}, "targets": [target]}
+    config = {"quantization_config": {"config_groups": {"group_0": group}}}
+    assert weights_words(config) == ("4-bit", "4 bits, groups of 128")
