@@ -306,26 +306,22 @@ class OverlapGuard:
         """The name of an evaluation document whose text `document` holds, or None."""
         if name := self._whole.get(_normalized(document.text)):
             return name
-        for window, _ in self._shared(document):
-            return self._names[window]
-        return None
+        shared = self._shared(document)
+        return self._names[shared[0]] if shared else None
 
     def windows_in(self, document: Document) -> set[int]:
         """The windows, by index, whose text `document` holds."""
-        if _normalized(document.text) in self._whole:
-            name = self._whole[_normalized(document.text)]
+        if name := self._whole.get(_normalized(document.text)):
             return {window for window, its in enumerate(self._names) if its == name}
-        return {window for window, _ in self._shared(document)}
+        return set(self._shared(document))
 
-    def _shared(self, document: Document) -> Iterator[tuple[int, int]]:
-        """Windows of which `document` holds too much, and how many of their passages."""
+    def _shared(self, document: Document) -> list[int]:
+        """Windows of which `document` holds too much, in order."""
         shingles = np.unique(_shingles(document.text))
         first = np.searchsorted(self._keys, shingles, "left")
         last = np.searchsorted(self._keys, shingles, "right")
         hits = Counter(int(w) for a, b in zip(first, last, strict=True) if b > a for w in self._windows[a:b])
-        yield from (
-            (window, count) for window, count in sorted(hits.items()) if count > MAX_SHARED * self._sizes[window]
-        )
+        return [window for window, count in sorted(hits.items()) if count > MAX_SHARED * self._sizes[window]]
 
     def keep(self, candidates: Iterable[Document], role: Role, dropped: list[str] | None) -> Iterator[Document]:
         """The candidates without evaluated text; the names of the others go to `dropped`.
