@@ -12,7 +12,6 @@ import torch
 from onnx import numpy_helper
 from pydantic import ValidationError
 from transformers import (
-    AutoModelForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -29,6 +28,7 @@ from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.activations import Inputs, per_token
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight
+from tests.tasks.engines.tiny_families import reference, tokens
 
 EXACT = OnnxRuntime(precision="float32", activations="float32")
 FAST = OnnxRuntime(precision="float32")
@@ -48,17 +48,6 @@ GRIDS = {
     "uint4 real zero points": Grid(bits=4, symmetric=False, group_size=32, zero_point="real"),
     "uint8 rows, real zero points": Grid(bits=8, symmetric=False, zero_point="real"),
 }
-
-
-def reference(checkpoint: Path, input_ids: np.ndarray) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = model(torch.from_numpy(input_ids)).logits.numpy()
-    return logits
-
-
-def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 512, (batch_size, length))
 
 
 def quantized(checkpoint: Path, out: Path, grid: Grid, ignore: tuple[str, ...] = ()) -> Path:

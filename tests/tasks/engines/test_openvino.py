@@ -15,7 +15,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from transformers import (
-    AutoModelForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -31,6 +30,7 @@ from tasks.engines.openvino_session import MODEL_FILE, OpenVinoSession
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.apply import quantize_checkpoint
 from tasks.quantization.checkpoint_format import QuantizedWeight, StoredWeight, read_weights
+from tests.tasks.engines.tiny_families import reference, tokens
 
 EXACT = OpenVino(precision="float32", activations="float32", kv_cache="float32")
 FLOAT32_ERROR = 1e-4  # logits are below 5; float32 sums in another order
@@ -52,17 +52,6 @@ BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILIT
 def element_type(grid: str) -> str:
     """OpenVINO's name of the integers of one of `GRIDS`."""
     return grid.split()[0].replace("int", "i").replace("ui", "u")
-
-
-def reference(checkpoint: Path, input_ids: np.ndarray) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = model(torch.from_numpy(input_ids)).logits.numpy()
-    return logits
-
-
-def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 512, (batch_size, length))
 
 
 def quantized(checkpoint: Path, out: Path, grid: Grid) -> Path:

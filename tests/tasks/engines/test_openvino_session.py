@@ -15,23 +15,13 @@ from tasks.engines.openvino_session import MODEL_FILE, OpenVinoSession
 from tasks.engines.runtimes import Lookup, OpenVinoGenAi, SessionRuntime, runtime_of
 from tasks.engines.text import Sampling
 from tests.tasks.engines import tiny_families
+from tests.tasks.engines.tiny_families import reference, tokens
 
 EXACT = OpenVino(precision="float32", activations="float32", kv_cache="float32")
 ROUNDED = OpenVino(precision="float32")
 FLOAT32_ERROR = 1e-4  # logits are below 7; float32 sums in another order
 BLOCK = 32  # tokens
 MISTRAL = tiny_families.FAMILIES["mistral"] | {"sliding_window": BLOCK + 8}
-
-
-def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 512, (batch_size, length))
-
-
-def reference(checkpoint: Path, input_ids: np.ndarray) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = model(torch.from_numpy(input_ids)).logits.numpy()
-    return logits
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +54,7 @@ def without_windows(bundle: Path, out: Path) -> Path:
 
 
 def test_sequences_that_outgrow_their_blocks_go_on_as_one_longer_prompt_would(session: OpenVinoSession) -> None:
-    """Blocks of the three sequences alternate in memory, and the caches are replaced by larger ones on the way."""
+    """Blocks of the three sequences alternate in memory; another prompt has used them in between."""
     input_ids = tokens(3, 3 * BLOCK + 5)
     whole = session.prefill(input_ids, input_ids.shape[1])
     prompt = BLOCK - 2
@@ -170,6 +160,7 @@ def test_what_is_measured_is_what_openvino_genai_serves(kv_cache: str, tiny_chec
     prompt = tokens(1, 2 * BLOCK)
 
     served, log_probs = served_by_genai(engine, bundle, prompt, 24)
+    assert len(served) == 24
 
     session = engine.load(bundle, threads=1)
     assert session.facts["attention"] == "paged"

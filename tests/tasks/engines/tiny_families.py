@@ -7,8 +7,9 @@ positions, biases and gains that are neither zero nor one.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 512
 SIZES = {
@@ -90,6 +91,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Every option that changes a graph, at least once."""
+
+
+def tokens(batch_size: int, length: int, seed: int = 0) -> np.ndarray:
+    """Ids of random tokens."""
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, (batch_size, length))
+
+
+def reference(checkpoint: Path, input_ids: np.ndarray) -> np.ndarray:
+    """transformers' logits [batch, length, vocab_size]."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.from_numpy(input_ids)).logits.numpy()
+    return logits
 
 
 def save(family: str, options: dict[str, Any], out: Path) -> Path:
