@@ -105,7 +105,7 @@ def tune(
     best, threads = engine, max_threads
     trials: list[Trial] = []
     counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < max_threads), max_threads}, reverse=True)
-    steps = [("threads", counts), *((name, alternatives(engine, name)) for name in SETTINGS[engine.engine])]
+    steps = [("threads", counts), *((name, _runnable(engine, name)) for name in SETTINGS[engine.engine])]
     for number, (setting, values) in enumerate(steps):
         first = threads if setting == "threads" else getattr(best, setting)
         ordered: list[Any] = [first, *(value for value in values if value != first)]
@@ -133,6 +133,12 @@ def tune(
         new_tokens=options.new_tokens,
         trials=tuple(trials),
     )
+
+
+def _runnable(engine: "Engine", option: str) -> tuple[str, ...]:
+    """The values of an option that this machine can run; another would be timed as something else, then refused."""
+    values = alternatives(engine, option)
+    return tuple(value for value in values if engine.model_copy(update={option: value}).cannot_run() is None)
 
 
 def _fastest(sessions: "list[Session]", times: list[float], windows: "Ids") -> tuple[int, dict[int, str]]:

@@ -53,6 +53,7 @@ def given_times(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def
     """Makes every session take the TPOT that a function says, and a hundredth of the TTFT."""
 
     def use(tpot_ms) -> None:  # type: ignore[no-untyped-def]
+        monkeypatch.setattr("tasks.engines.openvino._has_bfloat16", lambda: True)
         monkeypatch.setattr(OpenVino, "load", lambda self, bundle, *, threads: Session(self, threads))
         monkeypatch.setattr(tuning, "_time", lambda session, prompt, new_tokens: tuning._Timing(1.0, tpot_ms(session)))
 
@@ -92,6 +93,12 @@ def test_answers_are_compared_only_where_a_setting_would_win(given_times, monkey
     given_times(lambda s: 10.0 - 4 * (s.engine.kv_cache == "float16") + 4 * (s.engine.precision == "bfloat16"))
     assert tuned(max_threads=1).options == {"kv_cache": "float16"}
     assert [engine.kv_cache for engine in asked] == ["float16"]
+
+
+def test_a_setting_that_the_processor_lacks_is_not_tried(given_times, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_times(lambda s: 10.0 - 5 * (s.engine.precision == "bfloat16"))
+    monkeypatch.setattr("tasks.engines.openvino._has_bfloat16", lambda: False)
+    assert [t.value for t in tuned().trials if t.setting == "precision"] == ["float32"]
 
 
 def test_what_was_found_says_where_and_with_how_many_cores(given_times) -> None:
