@@ -18,15 +18,12 @@ class LatencyWorker(Worker):
     """A child process that answers one batch of requests at a time."""
 
     program = f"from {__name__} import main; main({{answers_fd}})"
-
-    def __init__(self, name: str, *, threads: int, timeout_s: float | None = None) -> None:
-        super().__init__(name, threads=threads, timeout_s=timeout_s)
-        self.max_length = 0
-        self._threads = threads
+    max_length = 0
+    """Tokens that it reads; known once it is loaded."""
 
     def load(self, path: Path, *, original: bool) -> float:
         """Seconds to load an engine bundle, or the original checkpoint in PyTorch, the engine's import included."""
-        answer = self.ask(load=str(path), original=original, threads=self._threads)
+        answer = self.ask(load=str(path), original=original, threads=self.threads)
         self.max_length = int(answer["max_length"])
         return float(answer["load_s"])
 

@@ -25,15 +25,12 @@ class LoadWorker(Worker):
     """A child process that serves one engine bundle to one level of load after the other."""
 
     program = f"from {__name__} import main; main({{answers_fd}})"
-
-    def __init__(self, name: str, *, threads: int, timeout_s: float | None = None) -> None:
-        super().__init__(name, threads=threads, timeout_s=timeout_s)
-        self.max_length = 0
-        self._threads = threads
+    max_length = 0
+    """Tokens that it reads; known once it is loaded."""
 
     def load(self, bundle: Path) -> float:
         """Seconds to load the bundle and its tokenizer."""
-        answer = self.ask(load=str(bundle), threads=self._threads)
+        answer = self.ask(load=str(bundle), threads=self.threads)
         self.max_length = int(answer["max_length"])
         return float(answer["load_s"])
 

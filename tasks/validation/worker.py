@@ -48,6 +48,7 @@ class Worker:
             timeout_s: for each answer, after which its process group is ended; None waits for ever.
         """
         self.name = name
+        self.threads = threads
         self.idle_s = 0.0
         self.idle_cpu_s = 0.0
         self._timeout_s = timeout_s
