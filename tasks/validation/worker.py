@@ -163,7 +163,7 @@ class Worker:
         if code == -signal.SIGKILL:
             return (
                 f"The process of {self.name!r} was killed (SIGKILL) while its speed was measured, most likely for lack "
-                "of memory. Free some, lower speed.max_memory_mib, or measure smaller batches."
+                "of memory. Free some, lower max_memory_mib, or measure fewer requests at a time."
             )
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"The process of {self.name!r} died with {how} while its speed was measured; its log says more."
