@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from tasks.validation.measured import Figures, Measured, Metric, worsening
+from tasks.validation.measured import Figures, Measured, Metric, beside
 from tasks.validation.statistics import Estimate
 
 THROUGHPUT, CAPACITY = "throughput_tokens_per_s", "capacity_tokens_per_s"
@@ -66,8 +66,9 @@ def cost_per_million(price: Price, tokens_per_s: float) -> float:
 
 def _cost_of(price: Price, throughput: Measured) -> Measured:
     value = _inverse(throughput.value, cost_per_million(price, 1.0))
+    about: dict[str, Any] = {"confidence": throughput.confidence, "too_few": throughput.too_few}
     if throughput.original is None or throughput.degradation_percent is None:
-        return Measured(value=value, too_few=throughput.too_few)
+        return Measured(value=value, **about)
     lost = throughput.degradation_percent  # percent of the original's tokens per second
     kept = Estimate(
         value=1 - lost.value / 100,
@@ -76,19 +77,7 @@ def _cost_of(price: Price, throughput: Measured) -> Measured:
         num=lost.num,
     )
     original = cost_per_million(price, throughput.original)
-    percent = worsening("lower", _inverse(kept, 1.0))
-    return Measured(
-        value=value,
-        original=original,
-        degradation=percent.model_copy(
-            update={
-                name: None if (end := getattr(percent, name)) is None else original * end / 100
-                for name in ("value", "low", "high")
-            }
-        ),
-        degradation_percent=percent,
-        too_few=throughput.too_few,
-    )
+    return beside(value, _inverse(kept, 1.0), original, better="lower", **about)
 
 
 def _inverse(estimate: Estimate, numerator: float) -> Estimate:

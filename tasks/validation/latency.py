@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from tasks.validation.conditions import Conditions, conditions, snapshot
 from tasks.validation.energy import Meter
 from tasks.validation.latency_worker import LatencyWorker
 from tasks.validation.machine import Machine, machine
-from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, figure_name, worsening
+from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, beside, figure_name
 from tasks.validation.statistics import (
     CONFIDENCE,
     MIN_OBSERVATIONS,
@@ -44,7 +44,6 @@ from tasks.validation.statistics import (
     ratio_of_medians,
     ratio_of_percentiles,
     ratio_through_control,
-    scaled,
 )
 from tasks.validation.worker import FAILURES
 
@@ -539,17 +538,17 @@ def summarize(
         together = baseline is not None and part_in[name] == part_in[baselines[name]]
         throughput = {}
         for batch_size in options.batch_sizes:
-            rate, beside = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
+            rate, originals = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
             versus = None
             if baseline and together:
                 versus = ratio_of_medians(rate, baseline[0].tokens_per_s(batch_size), **how)
             elif baseline:
                 others = [t.tokens_per_s(batch_size) for t in baseline]
-                versus = ratio_through_control(rate, beside, *others, **how)
+                versus = ratio_through_control(rate, originals, *others, **how)
             throughput[batch_size] = Throughput(
                 num=rate.size,
                 tokens_per_s=median(rate, **how),
-                ratio_to_original=ratio_of_medians(rate, beside, **how),
+                ratio_to_original=ratio_of_medians(rate, originals, **how),
                 ratio_to_baseline=versus,
             )
         summaries[name] = SubjectSpeed(
@@ -695,7 +694,7 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
     if subject is None:
         return {}
     found = {
-        "peak_memory_mib": _beside(
+        "peak_memory_mib": beside(
             exactly(subject.peak_memory_mib),
             exactly(subject.peak_memory_mib / original.peak_memory_mib),
             original.peak_memory_mib,
@@ -709,7 +708,7 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
             continue
         ratios: dict[str, Estimate] = getattr(subject, f"{metric.removesuffix('_ms')}_ratios_to_original")
         for percentile in PERCENTILES:
-            found[figure_name(metric, percentile=percentile, batch_size=1)] = _beside(
+            found[figure_name(metric, percentile=percentile, batch_size=1)] = beside(
                 getattr(its, percentile),
                 ratios[percentile],
                 getattr(others, percentile).value,
@@ -718,27 +717,13 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
             )
     for batch_size, at in subject.throughput.items():
         rate = original.throughput[batch_size].tokens_per_s.value
-        found[figure_name("throughput_tokens_per_s", batch_size=batch_size)] = _beside(
+        found[figure_name("throughput_tokens_per_s", batch_size=batch_size)] = beside(
             at.tokens_per_s, at.ratio_to_original, rate, better="higher"
         )
         found[figure_name("speedup_over_original", batch_size=batch_size)] = Measured(value=at.ratio_to_original)
         if at.ratio_to_baseline:
             found[figure_name("speedup_over_unquantized", batch_size=batch_size)] = Measured(value=at.ratio_to_baseline)
     return found
-
-
-def _beside(
-    value: Estimate, ratio: Estimate, original: float, *, better: Literal["lower", "higher"], too_few: str = ""
-) -> Measured:
-    """A figure beside the original's; what it lost in its unit is the ratio's part of the original's figure."""
-    loss = worsening(better, ratio)
-    return Measured(
-        value=value,
-        original=original,
-        degradation=scaled(loss, original / 100),
-        degradation_percent=loss,
-        too_few=too_few,
-    )
 
 
 def _low(estimate: Estimate) -> float:

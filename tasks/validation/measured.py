@@ -87,3 +87,24 @@ def worsening(better: Better, ratio: Estimate) -> Estimate:
         num=ratio.num,
     )
     return scaled(shifted, 100 if better == "lower" else -100)
+
+
+def beside(
+    value: Estimate,
+    ratio: Estimate,
+    original: float,
+    *,
+    better: Better,
+    too_few: str = "",
+    confidence: float = CONFIDENCE,
+) -> Measured:
+    """A figure beside the original's; what it lost in its unit is the ratio's part of the original's figure."""
+    loss = worsening(better, ratio)
+    return Measured(
+        value=value,
+        original=original,
+        degradation=scaled(loss, original / 100),
+        degradation_percent=loss,
+        confidence=confidence,
+        too_few=too_few,
+    )

@@ -25,6 +25,13 @@ def test_cost_is_price_by_tokens():
     assert (absolute.low, absolute.value, absolute.high) == pytest.approx((-12, -10, -7.5))
 
 
+def test_the_confidence_of_a_cost_is_that_of_the_throughput_it_follows_from():
+    throughput = Measured(value=exactly(100), confidence=0.975)
+    compared = throughput.model_copy(update={"original": 50.0, "degradation_percent": exactly(-100)})
+    found = measured(PRICE, {"capacity_tokens_per_s": throughput, "throughput_tokens_per_s.batch_1": compared})
+    assert [cost.confidence for cost in found.values()] == [0.975, 0.975]
+
+
 def test_cost_under_load_has_no_original():
     found = measured(PRICE, {"capacity_tokens_per_s": Measured(value=exactly(1000))})
     assert found["cost_per_million_tokens_under_load"].value == exactly(1.0)
