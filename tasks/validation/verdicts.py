@@ -113,12 +113,14 @@ def implausible_gains(limits: Limits, figures: Figures, metrics: Mapping[str, Me
     """Metrics of quality that are better than the original's by more than a limit lets them be worse, a sentence each.
 
     The whole interval has to lie beyond the margin: the limit's `max_gain_percent`, else its `max_degradation_percent`,
-    else `MARGIN_PERCENT`. A limit of zero says nothing about gains, so the latter holds there too.
+    else `MARGIN_PERCENT`. A limit of zero says nothing about gains, so the latter holds there too. Of several limits on
+    the same figure, some may state none.
     """
     stated: dict[str, float] = {}
-    for name, goal in limits.goals():
-        margin = goal.max_gain_percent or goal.max_degradation_percent or 0.0
-        stated[_figure_of(metrics[name], goal)] = margin or MARGIN_PERCENT
+    for bound in ("max_degradation_percent", "max_gain_percent"):  # the latter has the last word
+        for name, goal in limits.goals():
+            if margin := getattr(goal, bound):
+                stated[_figure_of(metrics[name], goal)] = margin
     found = []
     for metric in metrics.values():
         if metric.aspect != "quality" or not metric.compared:
@@ -172,12 +174,10 @@ def _goal_checks(metric: Metric, goal: Goal, figure: str, measured: Measured | N
     for name, limit in goal.bounds().items():
         in_percent = name.endswith("_percent")
         unit = "%" if in_percent else metric.unit
-        estimate: Estimate | None = None
         bound: Bound = "max" if name.startswith("max") else "min"
         if name in ("max", "min"):
             what = title
-            estimate = measured.value if measured else None
-            widened = _scaled(estimate, noise)
+            widened = _scaled(measured.value if measured else None, noise)
         else:
             loss = (measured.degradation_percent if in_percent else measured.degradation) if measured else None
             base = 100.0 if in_percent else (measured.original if measured else None)

@@ -211,6 +211,8 @@ def test_a_figure_that_is_no_number_is_rejected_in_words():
         ({"max_degradation_percent": 2}, -2.1, "ANOMALOUS"),
         ({"max_degradation_percent": 2}, -1.9, "ACCEPT"),
         ({"max_degradation_percent": 2, "max_gain_percent": 10}, -2.1, "ACCEPT"),
+        ([{"max_degradation_percent": 2, "max_gain_percent": 10}, {"max": 100}], -5.1, "ACCEPT"),
+        ([{"max": 100, "max_gain_percent": 10}, {"max_degradation_percent": 2}], -2.1, "ACCEPT"),
         ({"max_degradation_percent": 0}, -2.1, "ACCEPT"),  # no margin is stated, so it is 5 %
         ({"max": 100}, -5.1, "ANOMALOUS"),
         ({"max": 1}, -5.1, "REJECT"),
