@@ -13,7 +13,7 @@ from infra.isolation import StageError
 from infra.tracking import StageResult
 from tasks.data import more_windows
 from tasks.validate import measure_quality, measure_reference, measure_speed
-from tasks.validation.limits import SPEEDUP
+from tasks.validation.metrics import by_name
 from tasks.validation.verdicts import Judgement
 
 
@@ -50,16 +50,18 @@ def undecided(recipe: Recipe, judgements: dict[str, Judgement]) -> tuple[list[st
 
     What was not measured, or is too little for its percentile, is not settled by more of the same.
     """
-    quality = {metric.name for metric in recipe.validation.quality.metrics()}
-    speed = {metric.name for metric in recipe.validation.speed.metrics()} if recipe.validation.speed else set()
-    speed |= set(SPEEDUP.values())
+    validation = recipe.validation
+    quality = {metric.name for metric in validation.quality.metrics()}
+    speed = by_name(validation.speed.metrics()) if validation.speed else {}
+    if validation.price_per_hour:
+        speed |= by_name(validation.price_per_hour.metrics(speed))  # what follows from the throughput
     of_quality, of_speed = [], []
     for key, judgement in judgements.items():
         if judgement.verdict != "INCONCLUSIVE":
             continue
         metrics = {check.figure.split(".")[0] for check in judgement.checks if check.can_be_settled}
         of_quality += [key] if metrics & quality else []
-        of_speed += [key] if metrics & speed else []
+        of_speed += [key] if metrics & speed.keys() else []
     return of_quality, of_speed
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flows.deciding import decide
+from flows.deciding import decide, undecided
 from flows.pipeline import ORIGINAL, Products
 from flows.recipe import Recipe, parse
 from infra.isolation import StageCrashed
 from tasks.validation.quality import summarize
+from tasks.validation.verdicts import Check, conclude
 
 ENGINE = {"engine": "onnxruntime", "precision": "float32"}
 
@@ -144,3 +145,17 @@ def test_a_round_that_fails_costs_no_verdict_and_an_engine_that_dies_in_one_its_
     verdicts = decide(recipe(), found, Stages(tmp_path / "q", loss=1.5, failing="measure-quality"))
     assert verdicts["good/onnxruntime"].verdict == "ACCEPT"
     assert verdicts["open/onnxruntime"].failure == "it died with SIGKILL."
+
+
+@pytest.mark.parametrize("figure", ["cost_per_million_tokens.batch_8", "tpot_ms.p50.batch_1", "speedup_over_original"])
+def test_what_follows_from_speed_is_settled_by_more_blocks(figure):
+    about = {"metric": "cost", "bound": "max", "limit": 1, "measured": 1, "unit": "EUR", "sentence": "Open."}
+    check = Check(figure=figure, verdict="INCONCLUSIVE", can_be_settled=True, **about)
+    content = {
+        "name": "tiny",
+        "source": "./tiny",
+        "candidates": {"open": {}},
+        "engines": [ENGINE],
+        "validation": {"price_per_hour": {"amount": 1, "currency": "EUR"}},
+    }
+    assert undecided(parse(content), {"open/onnxruntime": conclude([check])}) == ([], ["open/onnxruntime"])
