@@ -536,8 +536,13 @@ def summarize(
     for name, (timing, original) in everyone.items():
         baseline = everyone.get(baselines.get(name, ""))
         together = baseline is not None and part_in[name] == part_in[baselines[name]]
-        throughput = {}
+        throughput, latencies = {}, {}
         for batch_size in options.batch_sizes:
+            latencies[batch_size] = BatchLatency(
+                ttft_ms=percentiles(timing.ttft_ms(batch_size), **how),
+                tpot_ms=percentiles(timing.tpot_ms(batch_size), **how),
+                latency_ms=percentiles(timing.latency_ms(batch_size), **how),
+            )
             rate, originals = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
             versus = None
             if baseline and together:
@@ -552,19 +557,12 @@ def summarize(
                 ratio_to_baseline=versus,
             )
         summaries[name] = SubjectSpeed(
-            ttft_ms=percentiles(timing.ttft_ms(), **how),
-            tpot_ms=percentiles(timing.tpot_ms(), **how),
+            ttft_ms=latencies[1].ttft_ms,
+            tpot_ms=latencies[1].tpot_ms,
             inter_token_ms=percentiles(timing.inter_token_ms(), **how),
-            latency_ms=percentiles(timing.latency_ms(), **how),
+            latency_ms=latencies[1].latency_ms,
             latency_ratios_to_original=_ratios(timing.latency_ms(), original.latency_ms(), **how),
-            by_batch_size={
-                batch_size: BatchLatency(
-                    ttft_ms=percentiles(timing.ttft_ms(batch_size), **how),
-                    tpot_ms=percentiles(timing.tpot_ms(batch_size), **how),
-                    latency_ms=percentiles(timing.latency_ms(batch_size), **how),
-                )
-                for batch_size in options.batch_sizes
-            },
+            by_batch_size=latencies,
             energy_j_per_token=median(timing.joules_per_token(), **how) if timing.joules else None,
             ttft_ratios_to_original=_ratios(timing.ttft_ms(), original.ttft_ms(), **how),
             tpot_ratios_to_original=_ratios(timing.tpot_ms(), original.tpot_ms(), **how),
