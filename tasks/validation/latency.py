@@ -574,12 +574,13 @@ def summarize(
             group=timing.group,
         )
     noisy, noise = judge_noise(control)
+    detectable = detectable_percent(control, confidence)
     return SpeedSummary(
         subjects=summaries,
         control=control,
         noisy=noisy,
-        noise=noise + _smallest_difference(control),
-        detectable_percent=detectable_percent(control),
+        noise=noise + _smallest_difference(detectable),
+        detectable_percent=detectable,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         threads=threads,
@@ -640,21 +641,20 @@ def judge_noise(control: Control) -> tuple[bool, str]:
     return False, f"Quiet enough: the original beside itself gives ratios of {shown}; they should be 1."
 
 
-def detectable_percent(control: Control) -> dict[str, float]:
+def detectable_percent(control: Control, confidence: float = CONFIDENCE) -> dict[str, float]:
     """By metric, the difference that a comparison as noisy as the control's calls one with probability `POWER`.
 
     An interval leaves out 1 where the difference is above its half width h, and at a difference of h it does so in half
     of all runs. With h = z(0.975) standard errors, probability p needs z(p) standard errors more, which is
-    h (1 + z(p) / z(0.975)).
+    h (1 + z(p) / z(0.975)); that is for a `confidence` of 95 %.
     """
     named = {"ttft_ms": control.ttft_ratio, "tpot_ms": control.tpot_ratio, "throughput": control.throughput_ratio}
-    more = 1 + NormalDist().inv_cdf(POWER) / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    more = 1 + NormalDist().inv_cdf(POWER) / NormalDist().inv_cdf(0.5 + confidence / 2)
     return {name: 100 * more * (_high(e) - _low(e)) / 2 for name, e in named.items() if e.low is not None}
 
 
-def _smallest_difference(control: Control) -> str:
-    found = detectable_percent(control)
-    shown = ", ".join(f"{percent:.1f} % in {name.removesuffix('_ms')}" for name, percent in found.items())
+def _smallest_difference(detectable: dict[str, float]) -> str:
+    shown = ", ".join(f"{percent:.1f} % in {name.removesuffix('_ms')}" for name, percent in detectable.items())
     return f" The smallest differences that this run would probably ({100 * POWER:.0f} %) have told: {shown}."
 
 

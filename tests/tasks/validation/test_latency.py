@@ -135,6 +135,15 @@ def test_a_difference_that_a_run_could_tell_is_told_in_four_of_five_runs():
     assert 0.6 < np.mean(told) < 0.97
 
 
+def test_what_can_be_told_follows_from_the_half_width_and_the_confidence_of_the_control():
+    def told(confidence: float) -> float:
+        control = _control(timings(0.1, 0.04), timings(0.1, 0.04, seed=1), seed=0, confidence=confidence)
+        return detectable_percent(control, confidence)["tpot_ms"] / (control.tpot_ratio.high - control.tpot_ratio.low)
+
+    # z(0.8) / z, where z of 99.9 % is 3.29
+    assert (told(0.95), told(0.999)) == pytest.approx((50 * (1 + 0.8416 / 1.96), 50 * (1 + 0.8416 / 3.2905)), rel=1e-3)
+
+
 def test_a_single_block_tells_no_difference():
     unknown = Estimate(value=1, low=None, high=None)
     assert detectable_percent(Control(ttft_ratio=unknown, tpot_ratio=unknown, throughput_ratio=unknown)) == {}
