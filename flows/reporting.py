@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of_all
+from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of, speed_of_all
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -32,6 +32,7 @@ from tasks.quantization.summary import Choice, QuantizationSummary, QuantizedLay
 from tasks.validation.card import body, model_card
 from tasks.validation.charts import QUANTILES
 from tasks.validation.diagnosis import Diagnosis
+from tasks.validation.latency import read_timings
 from tasks.validation.pictures import draw
 from tasks.validation.quality import ReferenceSummary
 from tasks.validation.report import (
@@ -314,24 +315,22 @@ def _curves(records: list[StageRecord]) -> list[Curve]:
 
 
 def _distributions(products: Products) -> list[Distribution]:
-    """Of every timed request at batch size 1, from what the measurement wrote."""
-    if products.speed is None:
-        return []
+    """Of every timed request at batch size 1, from what the first measurement wrote."""
     import numpy as np
-    import pandas as pd
 
+    stage, speed = products.speed, speed_of(products)
+    if stage is None or speed is None:
+        return []
     found = []
-    requests = pd.read_parquet(products.speed.artifact.path / "repetitions.parquet")
-    for subject, timed in requests[requests.batch_size == 1].groupby("subject"):
-        chosen = 1000 * np.stack([np.asarray(each, np.float64) for each in timed.chosen_after_s])
+    for subject, timings in sorted(read_timings(stage.artifact.path, speed).items()):
         times = {
-            "ttft_ms": chosen[:, 0],
-            "tpot_ms": (chosen[:, -1] - chosen[:, 0]) / (chosen.shape[1] - 1),
-            "inter_token_ms": np.diff(chosen, axis=1).ravel(),
+            "ttft_ms": timings.ttft_ms(),
+            "tpot_ms": timings.tpot_ms(),
+            "inter_token_ms": timings.inter_token_ms(),
         }
         for metric, values in times.items():
             spread = np.quantile(values, QUANTILES)
-            found.append(Distribution(subject=str(subject), metric=metric, num=len(values), values=tuple(spread)))
+            found.append(Distribution(subject=subject, metric=metric, num=values.size, values=tuple(spread)))
     return found
 
 

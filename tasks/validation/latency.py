@@ -686,6 +686,13 @@ def read_groups(directory: Path, summary: SpeedSummary) -> list[dict[str, Timing
     return groups
 
 
+def read_timings(directory: Path, summary: SpeedSummary) -> dict[str, Timings]:
+    """The timings that a measurement wrote to `directory`, by subject: the blocks of all groups together."""
+    groups = read_groups(directory, summary)
+    names = dict.fromkeys(name for timings in groups for name in timings)
+    return {name: _pool([timings[name] for timings in groups if name in timings]) for name in names}
+
+
 def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
     """What a summary says of each metric of a subject; empty of one that was not measured."""
     subject, original = summary.subjects.get(name), summary.subjects[ORIGINAL]

@@ -2,7 +2,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tasks.validation.latency import CONTROL, ORIGINAL, Speed, Subject, Timings, _write_repetitions, summarize
+from tasks.validation.latency import (
+    CONTROL,
+    ORIGINAL,
+    Speed,
+    Subject,
+    Timings,
+    _write_repetitions,
+    read_timings,
+    summarize,
+)
 from tasks.validation.pooling import pooled_quality, pooled_speed
 
 OPTIONS = Speed(num_blocks=8, new_tokens=4, batch_sizes=(1, 2))
@@ -59,6 +68,16 @@ def test_what_was_measured_once_keeps_its_blocks_beside_the_original_of_its_own_
     assert (pooled["float"].tpot_ms.num, pooled["int8"].tpot_ms.num, pooled["original"].tpot_ms.num) == (8, 16, 16)
     assert pooled["float"].tpot_ratios_to_original["p50"].value == pytest.approx(0.8, rel=0.05)
     assert pooled["int8"].throughput[1].ratio_to_baseline.value == pytest.approx(1.6, rel=0.1)  # through the original
+
+
+def test_what_a_measurement_wrote_is_read_back_with_the_blocks_of_all_groups(tmp_path):
+    rng = np.random.default_rng(0)
+    groups = [group(rng, 1, "float"), group(rng, 3, "int8")]
+    found = read_timings(*measurement(tmp_path / "a", groups))
+    assert found.keys() == {ORIGINAL, CONTROL, "float", "int8"}
+    assert found[ORIGINAL].batches[1] == groups[0][ORIGINAL].batches[1] + groups[1][ORIGINAL].batches[1]
+    assert (found["int8"].tpot_ms() == groups[1]["int8"].tpot_ms()).all()
+    assert found["int8"].batches[2] == groups[1]["int8"].batches[2]
 
 
 def test_windows_of_two_measurements_are_one_sample_of_their_documents(tmp_path):
