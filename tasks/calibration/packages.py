@@ -1,7 +1,20 @@
-"""Files inside installed Python packages, found without importing the package."""
+"""Installed Python packages, their files and versions, found without importing the package."""
 
 import importlib.util
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """The versions of the distributions that are installed, by name."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def package_file(package: str, file: str, *, install: str) -> Path:

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +22,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
 from tasks.calibration.memory import trim
+from tasks.calibration.packages import installed_versions
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tokens import load_tokens
 from tasks.engines import Engine
@@ -142,7 +142,7 @@ def compile_engine(
             facts, parity = compare_bundle(out, checkpoint, engine, ids, threads=threads)
         else:
             facts, parity = _compare(out, checkpoint, data, engine, threads)
-    versions = _versions(LIBRARIES[engine.engine])
+    versions = installed_versions(LIBRARIES[engine.engine])
     write_card(out, engine, parity=parity, versions=versions, why_not_run=why_not_run)
     manifest = Manifest(
         engine=engine,
@@ -386,7 +386,7 @@ def runnable(bundle: Path, verify: bool) -> Manifest:
         _verify(bundle, manifest)
     if problem := manifest.engine.missing() or _too_old(bundle, manifest) or manifest.engine.cannot_load(bundle):
         raise ValueError(problem)
-    here = {"versions": _versions(LIBRARIES[manifest.engine.engine]), "processor": _processor()}
+    here = {"versions": installed_versions(LIBRARIES[manifest.engine.engine]), "processor": _processor()}
     for what, found in here.items():
         if found != (there := getattr(manifest, what)):
             logger.warning(
@@ -401,7 +401,7 @@ def runnable(bundle: Path, verify: bool) -> Manifest:
 
 def _too_old(bundle: Path, manifest: Manifest) -> str | None:
     """Why a library here cannot read what a newer one wrote; None if none is older, by major and minor version."""
-    here = _versions(LIBRARIES[manifest.engine.engine])
+    here = installed_versions(LIBRARIES[manifest.engine.engine])
     for name, there in manifest.versions.items():
         if name in here and _release(here[name]) < _release(there):
             return (
@@ -435,16 +435,6 @@ def _digests(directory: Path) -> dict[str, str]:
 
 def _size(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-
-
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _processor() -> str:

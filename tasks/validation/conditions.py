@@ -7,12 +7,12 @@ thermometer), the field is empty, not guessed.
 import importlib
 import os
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from tasks.calibration.packages import installed_versions
 from tasks.validation.worker import choose_cores
 
 LIBRARIES = ("onnxruntime", "openvino", "openvino-genai", "torch", "tensorrt")
@@ -101,7 +101,7 @@ def conditions(before: Snapshot, after: Snapshot, *, threads: int) -> Conditions
         held = after.throttled_s - before.throttled_s
     return Conditions(
         cores=tuple(choose_cores(threads) or sorted(os.sched_getaffinity(0))),
-        versions=_versions(),
+        versions=installed_versions(LIBRARIES),
         governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         mhz=(before.mhz, after.mhz),
         celsius=(before.celsius, after.celsius),
@@ -157,16 +157,6 @@ def _our_cpu_s() -> float:
     """CPU seconds of this process and of the children it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _text(path: Path) -> str | None:
