@@ -45,16 +45,6 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         description="Multiplications and additions by the type of what is multiplied; one of each is two operations."
     )
 
-    @property
-    def read_bytes_per_s_small(self) -> float:
-        """Bandwidth of what fits into the last-level cache of most machines: the smallest size that was read."""
-        return self.read_bytes_per_s[min(self.read_bytes_per_s)]
-
-    @property
-    def read_bytes_per_s_large(self) -> float:
-        """Bandwidth of main memory: the largest size that was read."""
-        return self.read_bytes_per_s[max(self.read_bytes_per_s)]
-
     def bandwidth(self, size_bytes: float) -> float:
         """Bytes per second when `size_bytes` are read over and over, between two measured sizes linearly."""
         sizes = sorted(self.read_bytes_per_s)

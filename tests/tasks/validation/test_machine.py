@@ -14,8 +14,6 @@ FOUND = Machine(
 
 
 def test_bandwidth_depends_on_what_is_read():
-    assert FOUND.read_bytes_per_s_small == 8
-    assert FOUND.read_bytes_per_s_large == 3
     assert [FOUND.bandwidth(size) for size in (1, 10, 15, 30, 1000)] == [8, 8, 6, 3.5, 3]
 
 
@@ -56,7 +54,7 @@ def test_no_product_and_no_copy_is_faster_than_the_measured_limits():
     matrix = np.ones(16_000_000, np.float32)
     assert matrix.nbytes / min(times_s([matrix.max], 0.05)) < 1.5 * found.read_bytes_per_s[64_000_000]
     # between a machine of the nineties and one that does not exist
-    assert 1e8 < found.read_bytes_per_s_large < 1e13
+    assert 1e8 < found.read_bytes_per_s[64_000_000] < 1e13
     assert 1e7 < found.operations_per_s["bfloat16"] < 1e15
     assert 1e8 < found.operations_per_s["int8"] < 1e15
 
