@@ -127,7 +127,6 @@ def bootstrap_difference_of_ratios(
     *,
     seed: int,
     transform: Callable[[Any], Any] = lambda x: x,
-    num_resamples: int = NUM_RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
     """`transform(numerators / denominators) - transform(other_numerators / denominators)` of sums, in pairs.
@@ -150,7 +149,7 @@ def bootstrap_difference_of_ratios(
         low, high = _t_interval_of_ratio(above - other, below, confidence)
         slope = value / (first - second) if first != second else 0.0
         return _ordered(value, slope * low, slope * high, num_clusters)
-    counts = _counts(num_clusters, num_resamples, seed)
+    counts = _counts(num_clusters, NUM_RESAMPLES, seed)
     weights = counts @ below
     samples = transform((counts @ above) / weights) - transform((counts @ other) / weights)
     return _from_samples(value, samples, num_clusters, confidence)
