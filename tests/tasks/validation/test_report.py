@@ -215,6 +215,11 @@ def test_page_tells_the_winner_the_losers_and_how_to_repeat_it(data, tmp_path):
     assert "avx2, avx512_vnni" in text
 
 
+def test_page_marks_percentiles_of_too_few_observations(data, tmp_path):
+    # p90 and p99 of TTFT, TPOT and gaps of three subjects: five requests, twenty gaps; and the note that says so
+    assert page_of(data, tmp_path).text.count("†") == 2 * 3 * 3 + 1
+
+
 def test_page_tells_every_quantized_layer_and_why_others_are_not(data, tmp_path):
     text = page_of(data, tmp_path).text
     assert "8.03 bits per weight · 1 layers · 7 of 8 bits · 1 left float32" in text
