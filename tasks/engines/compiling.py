@@ -361,9 +361,14 @@ def load_generator(
         runtime = EncoderDecoderRuntime(load_for(bundle, manifest.engine, threads=threads))
     else:
         runtime = runtime_of(engine, bundle, threads=threads, lookup=lookup, draft=draft)
-    tokenizer = load_tokenizer(bundle)
+    return text_generator(runtime, bundle)
+
+
+def text_generator(runtime: Runtime, directory: Path) -> TextGenerator:
+    """Writes with the tokenizer of a bundle or checkpoint, until a token that ends its texts."""
+    tokenizer = load_tokenizer(directory)
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return TextGenerator(runtime, tokenizer, end_tokens(bundle) or own)
+    return TextGenerator(runtime, tokenizer, end_tokens(directory) or own)
 
 
 def _check_draft(bundle: Path, manifest: Manifest, draft: Path, of_draft: Manifest) -> None:

@@ -21,6 +21,7 @@ class Encoder(Protocol):
     """A loaded encoder."""
 
     answers: tuple[str, ...]  # what `encode` gives, by name
+    max_length: int | None  # special tokens included; None: positions are relative
 
     def encode(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
@@ -83,7 +84,7 @@ class PyTorchEncoder:
     def __init__(self, checkpoint: ExportedCheckpoint, pooling: Pooling | None) -> None:
         self._model: Any = checkpoint.model
         self._pooling = pooling
-        self._max_length = checkpoint.max_length
+        self.max_length = checkpoint.max_length
         self.answers = encoder_answers(self._model, pooling)
 
     def encode(
@@ -93,7 +94,7 @@ class PyTorchEncoder:
         import torch
 
         config = self._model.config
-        mask = checked_mask(input_ids, attention_mask, vocab_size=config.vocab_size, max_length=self._max_length)
+        mask = checked_mask(input_ids, attention_mask, vocab_size=config.vocab_size, max_length=self.max_length)
         types = _checked_types(token_type_ids, input_ids, getattr(config, "type_vocab_size", 1))
         values = [torch.from_numpy(value) for value in (input_ids, mask, types)][: len(encoder_inputs(self._model))]
         with torch.inference_mode():

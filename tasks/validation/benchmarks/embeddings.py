@@ -65,13 +65,14 @@ class Embeddings(Options, frozen=True, extra="forbid"):
                     f"Embeddings need an encoder that gives hidden states; this one gives {', '.join(encoder.answers)}"
                     ". Compile the model without its head."
                 )
-            for start in range(0, len(items), BATCH_SIZE):
-                ids, mask = _padded(tokenizer, self.prompts(items)[start : start + BATCH_SIZE], subject.longest())
+            texts = self.prompts(items)
+            for start in range(0, len(texts), BATCH_SIZE):
+                ids, mask = _padded(tokenizer, texts[start : start + BATCH_SIZE], encoder.max_length)
                 answer = encoder.encode(ids, mask)[name]
                 if answer.ndim == 3:
                     answer = (answer * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
                 vectors.extend(answer.astype(np.float64))
-                report(len(vectors), len(items), {})
+                report(len(vectors), len(texts), {})
         for item, vector in zip(items, vectors, strict=True):
             if not np.isfinite(vector).all() or not vector.any():
                 raise ValueError(f"The embedding of line {item.line} of the data must be finite and not all zeros.")

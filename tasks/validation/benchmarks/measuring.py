@@ -18,7 +18,7 @@ ITEMS, ANSWERS, ABOUT = "items.jsonl", "answers.parquet", "benchmark.json"
 
 
 class OriginalAnswers(BaseModel, frozen=True, extra="forbid"):
-    """What the original came to, in PyTorch and float32."""
+    """What the original came to."""
 
     task: str
     num_items: int
@@ -39,7 +39,7 @@ class BenchmarkSummary(BaseModel, frozen=True, extra="forbid"):
 def ask_original(
     *, checkpoint: Path, benchmark: AnyBenchmark, data: Path, threads: int, out: Path, report: Report = silent
 ) -> OriginalAnswers:
-    """The original's answers in PyTorch, stored in `out` for candidates to be compared with.
+    """The original's answers, in PyTorch or as the engine bundle that it is, stored in `out` for candidates.
 
     Writes items.jsonl, the items; answers.parquet, a row per item: what the original answered, and its own score under
     each metric; benchmark.json, what was asked.
@@ -50,8 +50,7 @@ def ask_original(
     if problem := benchmark.missing():
         raise ValueError(problem)
     items = benchmark.items(data)
-    in_pytorch = not (checkpoint / "manifest.json").exists()  # else another bundle is what is compared with
-    answers = benchmark.ask(items, Subject(checkpoint, threads, is_original=in_pytorch), report)
+    answers = benchmark.ask(items, Subject(checkpoint, threads), report)
     scores = benchmark.scores(items, answers, None)
     save_items(items, out / ITEMS)
     _table(benchmark, items, {"": answers}, {"": scores}).to_parquet(out / ANSWERS, index=False)
@@ -80,7 +79,7 @@ def measure_benchmark(
         raise ValueError("Candidate and original must be asked alike; the original was asked otherwise. Ask it again.")
     items = load_items(reference / ITEMS)
     kept = pd.read_parquet(reference / ANSWERS)
-    answers = benchmark.ask(items, Subject(bundle, threads, is_original=False), report)
+    answers = benchmark.ask(items, Subject(bundle, threads), report)
     original: Columns = {name: list(kept[name]) for name in answers}
     scores = benchmark.scores(items, answers, original)
     originals = benchmark.scores(items, original, None)

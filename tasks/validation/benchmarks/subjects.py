@@ -23,7 +23,6 @@ class Subject:
 
     path: Path  # the original's checkpoint, or a bundle
     threads: int
-    is_original: bool
 
     @contextmanager
     def generator(self) -> Iterator[TextGenerator]:
@@ -36,7 +35,7 @@ class Subject:
             raise ValueError(
                 f"This task needs a model that writes; {self._family!r} is an encoder. Use task: embeddings."
             )
-        generator = self._original_generator() if self.is_original else self._bundle_generator()
+        generator = self._bundle_generator() if self._is_bundle else self._original_generator()
         try:
             yield generator
         finally:
@@ -50,18 +49,13 @@ class Subject:
             ValueError: it is no decoder.
         """
         from tasks.calibration.checkpoints import load_tokenizer
-        from tasks.engines.compiling import load_bundle
-        from tasks.engines.pytorch import PyTorch
+        from tasks.engines.compiling import load_original
 
         if is_exported(self._family):
             raise ValueError(f"This task needs the likelihood of text, which a decoder gives; got {self._family!r}.")
-        session: Session
-        if self.is_original:
-            session, tokenizer = PyTorch().load(self.path, threads=self.threads), load_tokenizer(self.path)
-        else:
-            session, tokenizer = load_bundle(self.path, threads=self.threads)
+        session = load_original(self.path, threads=self.threads)
         try:
-            yield session, tokenizer
+            yield session, load_tokenizer(self.path)
         finally:
             session.close()
 
@@ -78,38 +72,33 @@ class Subject:
             raise ValueError(
                 f"Embeddings need an encoder ({', '.join(ENCODERS)}); got {self._family!r}. Use a task of text instead."
             )
-        encoder = self._original_encoder() if self.is_original else self._bundle_encoder()
+        encoder = self._bundle_encoder() if self._is_bundle else self._original_encoder()
         try:
             yield encoder, load_tokenizer(self.path)
         finally:
             encoder.close()
 
-    def longest(self) -> int | None:
-        """Tokens that it reads at most, special ones included; None: positions are relative."""
-        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        length = config.get("max_position_embeddings")
-        if length is None:
-            return None
-        return int(length) - int(config["pad_token_id"]) - 1 if self._family == "roberta" else int(length)
+    @property
+    def _is_bundle(self) -> bool:
+        from tasks.engines.compiling import MANIFEST
+
+        return (self.path / MANIFEST).exists()
 
     @property
     def _family(self) -> str:
         return str(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["model_type"])
 
     def _original_generator(self) -> TextGenerator:
-        from tasks.calibration.checkpoints import load_tokenizer
-        from tasks.engines.genai_files import end_tokens
+        from tasks.engines.compiling import text_generator
         from tasks.engines.pytorch import PyTorch
         from tasks.engines.runtimes import SessionRuntime
 
-        tokenizer = load_tokenizer(self.path)
-        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         runtime: Runtime
         if self._family in ENCODER_DECODERS:
-            runtime = _EncoderDecoder(self.path, self.longest(), self.threads)
+            runtime = _EncoderDecoder(self.path, self.threads)
         else:
             runtime = SessionRuntime(PyTorch().load(self.path, threads=self.threads))
-        return TextGenerator(runtime, tokenizer, end_tokens(self.path) or own)
+        return text_generator(runtime, self.path)
 
     def _bundle_generator(self) -> TextGenerator:
         from tasks.engines.compiling import load_generator
@@ -138,15 +127,16 @@ class Subject:
 class _EncoderDecoder:
     """transformers' own greedy text of an encoder-decoder, as a `text.Runtime`."""
 
-    def __init__(self, checkpoint: Path, longest: int | None, threads: int) -> None:
+    def __init__(self, checkpoint: Path, threads: int) -> None:
         import torch
 
         from tasks.quantization.exported_checkpoint import read_checkpoint
 
         torch.set_num_threads(threads)
-        self._model: Any = read_checkpoint(checkpoint).model
+        source = read_checkpoint(checkpoint)
+        self._model: Any = source.model
         self._model.generation_config = type(self._model.generation_config).from_pretrained(checkpoint)
-        self.max_length = longest or 1 << 20  # positions are relative: what memory allows
+        self.max_length = source.max_length or 1 << 20  # positions are relative: what memory allows
         self.facts = {"dtype": str(self._model.dtype)}
 
     def generate(
