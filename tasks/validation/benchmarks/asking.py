@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tasks.calibration.progress import Report
-from tasks.engines.text import Sampling
+from tasks.engines.text import Sampling, TextGenerator
 from tasks.validation.benchmarks.items import S3, Item, draw, fingerprint, local_file, read_items
 from tasks.validation.benchmarks.prompts import encode, fields_of, fill
 from tasks.validation.benchmarks.scores import Score
@@ -113,31 +113,32 @@ class Written(Prompted, frozen=True, extra="forbid"):
         """How tokens are chosen."""
         return Sampling(max_new_tokens=self.max_new_tokens, stop=self.stop)
 
-    def write(
-        self, items: list[Item], subject: Subject, report: Report, *, sampling: Sampling | None = None
-    ) -> list[str]:
+    def write(self, items: list[Item], subject: Subject, report: Report) -> list[str]:
         """What the model writes after each item's prompt.
 
         Raises:
             ValueError: it cannot write, has no chat template, or a prompt is too long for it.
         """
-        sampling = sampling or self.sampling()
         with subject.generator() as generator:
-            prompts = [encode(generator, text, chat=self.chat, system=self.system) for text in self.prompts(items)]
-            for item, prompt in zip(items, prompts, strict=True):
-                try:
-                    generator.check(0, prompt, sampling.max_new_tokens)
-                except ValueError as error:
-                    raise ValueError(f"Line {item.line} of the data: {error}") from None
-            texts = [""] * len(items)
-            # Engines that decode only prompts of equal length together find some this way.
-            order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
-            for start in range(0, len(order), ITEMS_AT_ONCE):
-                chunk = order[start : start + ITEMS_AT_ONCE]
-                answers, _ = generator.answer([prompts[index] for index in chunk], sampling)
-                for index, answer in zip(chunk, answers, strict=True):
-                    texts[index] = answer.text
-                report(start + len(chunk), len(order), {})
+            return self.written_by(generator, items, self.sampling(), report)
+
+    def written_by(self, generator: TextGenerator, items: list[Item], sampling: Sampling, report: Report) -> list[str]:
+        """See `write`."""
+        prompts = [encode(generator, text, chat=self.chat, system=self.system) for text in self.prompts(items)]
+        for item, prompt in zip(items, prompts, strict=True):
+            try:
+                generator.check(0, prompt, sampling.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"Line {item.line} of the data: {error}") from None
+        texts = [""] * len(items)
+        # Engines that decode only prompts of equal length together find some this way.
+        order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), ITEMS_AT_ONCE):
+            chunk = order[start : start + ITEMS_AT_ONCE]
+            answers, _ = generator.answer([prompts[index] for index in chunk], sampling)
+            for index, answer in zip(chunk, answers, strict=True):
+                texts[index] = answer.text
+            report(start + len(chunk), len(order), {})
         return texts
 
 

@@ -86,10 +86,11 @@ class CodeGeneration(Written, frozen=True, extra="forbid"):
         """
         run_program("", self.limits)  # refused before anything is written
         texts: list[list[str]] = [[] for _ in items]
-        for sample in range(self.num_samples):
-            sampling = self.sampling().model_copy(update={"seed": self.seed + sample})
-            for row, text in zip(texts, self.write(items, subject, report, sampling=sampling), strict=True):
-                row.append(text)
+        with subject.generator() as generator:
+            for sample in range(self.num_samples):
+                sampling = self.sampling().model_copy(update={"seed": self.seed + sample})
+                for row, text in zip(texts, self.written_by(generator, items, sampling, report), strict=True):
+                    row.append(text)
         outcomes = [
             [run_program(program(item, text, chat=self.chat), self.limits) for text in row]
             for item, row in zip(items, texts, strict=True)

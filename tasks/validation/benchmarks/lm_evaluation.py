@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from tasks.calibration.progress import Report
 from tasks.validation.benchmarks.asking import Columns, Options, not_installed, text_metric
@@ -32,7 +32,6 @@ class LmEvaluation(Options, frozen=True, extra="forbid"):
         text_metric("*.exact_match", "exact match"),
         *(text_metric(f"*.{name}", name.replace("_", " "), largest=None, better="lower") for name in PERPLEXITIES),
     )
-    ITEM: ClassVar[type[BaseModel]] = BaseModel
 
     task: Literal["lm_evaluation"]
     data: str = Field(min_length=1, description="Name of a task of the harness (arc_easy), or path of its YAML file.")
@@ -55,7 +54,7 @@ class LmEvaluation(Options, frozen=True, extra="forbid"):
         return Path(self.data)
 
     def data_fingerprint(self) -> str | None:
-        """The contents of the YAML file, or nothing: a task of the harness changes with its version."""
+        """The contents of the YAML file, or the task's name, whose definition changes with the harness' version."""
         file = Path(self.data)
         return hashlib.sha256(file.read_bytes() if file.is_file() else self.data.encode()).hexdigest()
 
@@ -127,7 +126,7 @@ class LmEvaluation(Options, frozen=True, extra="forbid"):
         kept = [by_place[item.line - 1] for item in items]
         columns: Columns = {"answer": [json.dumps(sample["filtered_resps"], default=str) for sample in kept]}
         for metric in self.metrics:
-            columns[f"value_{metric}"] = [_value(sample, metric, self.data) for sample in kept]
+            columns[f"value_{metric}"] = [_values(sample[metric]) for sample in kept]
         return columns
 
     def scores(self, items: list[Item], answers: Columns, original: Columns | None) -> dict[str, Score]:
@@ -192,6 +191,5 @@ def _check_metrics(task: "Task", wanted: tuple[str, ...], name: str) -> None:
             )
 
 
-def _value(sample: dict[str, Any], metric: str, name: str) -> list[float]:
-    value = sample[metric]
+def _values(value: Any) -> list[float]:
     return [float(part) for part in (value if isinstance(value, tuple | list) else [value])]

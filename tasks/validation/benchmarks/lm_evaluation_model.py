@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 """Where a task does not say: the harness' own default."""
-ITEMS_AT_ONCE = 16
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
@@ -99,13 +98,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             ValueError: a task samples.
         """
         texts = []
-        for start in range(0, len(requests), ITEMS_AT_ONCE):
-            for context, options in [request.args for request in requests[start : start + ITEMS_AT_ONCE]]:
-                sampling = _sampling(options)
-                room = self._generator.runtime.max_length + 1 - sampling.max_new_tokens
-                prompt = self.tok_encode(context)[-room:]
-                (answer,), _ = self._generator.answer([prompt], sampling)
-                texts.append(answer.text)
+        for context, options in [request.args for request in requests]:
+            sampling = _sampling(options)
+            room = self._generator.runtime.max_length + 1 - sampling.max_new_tokens
+            prompt = self.tok_encode(context)[-room:]
+            (answer,), _ = self._generator.answer([prompt], sampling)
+            texts.append(answer.text)
             self._report(len(texts), len(requests), {})
         return texts
 

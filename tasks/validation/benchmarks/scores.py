@@ -97,7 +97,7 @@ def compare(
         low, high = wilson(int(candidate.parts[:, 0].sum()), len(documents))
         value = Estimate(value=candidate.value, low=low, high=high, num=len(documents))
     else:
-        value = sums.estimate(lambda own: candidate.figure(own), candidate.parts)
+        value = sums.estimate(candidate.figure, candidate.parts)
     if original is None:
         return Measured(value=value)
     sign = 1.0 if better == "lower" else -1.0
