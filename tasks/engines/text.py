@@ -100,13 +100,7 @@ class TextGenerator:
         Raises:
             ValueError: the model has no chat template, or it refuses the messages.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError("A chat needs a model with a chat template; this one has none. Give a plain prompt.")
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            raise ValueError(f"The model's chat template refuses the messages: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode_chat(self.tokenizer, messages)
 
     def answer(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_text: OnText | None = None
@@ -169,6 +163,17 @@ class TextGenerator:
     def close(self) -> None:
         """Frees the model."""
         self.runtime.close()
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """See `TextGenerator.encode_chat`."""
+    if not tokenizer.chat_template:
+        raise ValueError("A chat needs a model with a chat template; this one has none. Give a plain prompt.")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        raise ValueError(f"The model's chat template refuses the messages: {error}") from error
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclass

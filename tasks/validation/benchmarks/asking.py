@@ -124,7 +124,9 @@ class Written(Prompted, frozen=True, extra="forbid"):
 
     def written_by(self, generator: TextGenerator, items: list[Item], sampling: Sampling, report: Report) -> list[str]:
         """See `write`."""
-        prompts = [encode(generator, text, chat=self.chat, system=self.system) for text in self.prompts(items)]
+        prompts = [
+            encode(generator.tokenizer, text, chat=self.chat, system=self.system) for text in self.prompts(items)
+        ]
         for item, prompt in zip(items, prompts, strict=True):
             try:
                 generator.check(0, prompt, sampling.max_new_tokens)

@@ -1,12 +1,11 @@
 """Classification: the label that a model finds likeliest after the prompt; accuracy and macro F1."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
 from tasks.calibration.progress import Report
-from tasks.engines.text import TextGenerator
 from tasks.validation.benchmarks.asking import Columns, Prompted, text_metric
 from tasks.validation.benchmarks.items import Item
 from tasks.validation.benchmarks.likelihood import Request, encode_pair, score
@@ -89,12 +88,11 @@ class Classification(Prompted, frozen=True, extra="forbid"):
         how = f"likeliest label by log-likelihood per {self.per}"
         return {"accuracy": how, "macro_f1": how}
 
-    def _request(self, tokenizer: object, prompt: str, text: str) -> Request:
+    def _request(self, tokenizer: Any, prompt: str, text: str) -> Request:
         if not self.chat:
             return encode_pair(tokenizer, prompt, text)
-        writer = TextGenerator(None, tokenizer, ())  # type: ignore[arg-type]
-        context = encode(writer, prompt, chat=True, system=self.system)
-        answer = writer.tokenizer.encode(text, add_special_tokens=False)
+        context = encode(tokenizer, prompt, chat=True, system=self.system)
+        answer = tokenizer.encode(text, add_special_tokens=False)
         return Request(tuple(context), tuple(answer))
 
 

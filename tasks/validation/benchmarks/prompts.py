@@ -1,12 +1,10 @@
 """Prompts from items: a template whose {names} are fields of the line, plain or as a chat."""
 
 import string
-from typing import TYPE_CHECKING
+from typing import Any
 
+from tasks.engines.text import encode_chat
 from tasks.validation.benchmarks.items import Item
-
-if TYPE_CHECKING:
-    from tasks.engines.text import TextGenerator
 
 
 def fields_of(template: str) -> tuple[str, ...]:
@@ -46,13 +44,13 @@ def fill(template: str, item: Item, file_name: str) -> str:
     return template.format_map(item.fields)
 
 
-def encode(generator: "TextGenerator", text: str, *, chat: bool, system: str | None) -> list[int]:
+def encode(tokenizer: Any, text: str, *, chat: bool, system: str | None) -> list[int]:
     """The tokens of a prompt, or of a chat up to where the answer begins.
 
     Raises:
         ValueError: the model has no chat template.
     """
     if not chat:
-        return generator.encode(text)
+        return list(tokenizer.encode(text))
     messages = [{"role": "system", "content": system}] if system else []
-    return generator.encode_chat([*messages, {"role": "user", "content": text}])
+    return encode_chat(tokenizer, [*messages, {"role": "user", "content": text}])
