@@ -38,6 +38,7 @@ from tasks.engines.exported_bundle import (
 from tasks.engines.genai_files import end_tokens
 from tasks.engines.naming import describe
 from tasks.engines.parity import Parity, ask, compare, tolerance
+from tasks.engines.processor import cpuinfo
 from tasks.engines.reference import StreamedPyTorch
 from tasks.engines.runtimes import Lookup, runtime_of
 from tasks.engines.text import Runtime, TextGenerator
@@ -444,10 +445,7 @@ def _size(directory: Path) -> int:
 
 def _processor() -> str:
     """The processor's own name, as Linux tells it, else the architecture's."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return cpuinfo().get("model name") or platform.machine()
 
 
 def num_cores() -> int:

@@ -13,6 +13,7 @@ from tasks.engines.decoder import read_decoder
 from tasks.engines.genai_files import write_genai_config
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
 from tasks.engines.onnxruntime_graph import BLOCK_SIZES, GRAPH_FILE, build_graph
+from tasks.engines.processor import cpuinfo
 from tasks.quantization import Activations, Grid
 from tasks.quantization.activations import Format
 
@@ -232,8 +233,7 @@ def session_options(threads: int) -> Any:
 
 def _has_vnni() -> bool:
     """Whether the processor sums byte products in 32 bits; an unknown one (not x86 Linux) is taken to."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = cpuinfo().get("flags", "")
     return "vnni" in flags or "avx" not in flags
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.progress import Report, silent
 from tasks.engines.operators import Operators, read_operators
+from tasks.engines.processor import cpuinfo
 from tasks.validation.machine import Machine
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def examine(
         depths = _num_layers(checkpoint), _num_layers(original)
         why, layers = compare_layers(checkpoint, original, windows)
     report(2, 3, {})
-    flags, processor = _processor()
+    cpu = cpuinfo()
+    flags = cpu.get("flags", "").split()
     facts = Facts(
         engine=engine.engine,
         rounds_inputs=getattr(engine, "activations", None) == "int8",
@@ -146,7 +148,7 @@ def examine(
         num_layers=depths[0],
         original_num_layers=depths[1],
         instructions=tuple(name for name in VECTOR_INSTRUCTIONS if name in flags),
-        processor=processor,
+        processor=cpu.get("model name", "not named"),
     )
     (out / "facts.json").write_text(facts.model_dump_json(indent=1) + "\n")
     report(3, 3, {})
@@ -370,11 +372,3 @@ def _num_layers(checkpoint: Path) -> int | None:
     config = json.loads((checkpoint / "config.json").read_text())
     family = ARCHITECTURES.get(config["model_type"])
     return int(config[family.num_layers_option]) if family else None
-
-
-def _processor() -> tuple[set[str], str]:
-    """Its flags and its name, as Linux tells them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else ""
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    return set(found.get("flags", "").split()), found.get("model name", "not named")
