@@ -33,6 +33,7 @@ Kind = Literal[
     "layers",
     "structure",
 ]
+Complaint = Literal["slower", "worse", "slower and worse"]
 
 NUM_WINDOWS = 2
 MAX_LENGTH = 128
@@ -92,7 +93,7 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 class Diagnosis(BaseModel, frozen=True, extra="forbid"):
     """Why a candidate is slower or worse: the most telling reason first."""
 
-    of: Literal["slower", "worse", "slower and worse"]
+    of: Complaint
     findings: tuple[Finding, ...]
     facts: Facts
 
@@ -222,8 +223,8 @@ def explain(facts: Facts, speeds: Speeds | None, *, slower: bool, worse: bool) -
             findings += _of_bounds(facts, speeds, speeds.machine)
     if worse:
         findings += _of_layers(facts)
-    of: Literal["slower", "worse", "slower and worse"] = "slower and worse" if slower and worse else "slower"
-    return Diagnosis(of="worse" if worse and not slower else of, findings=tuple(findings), facts=facts)
+    of: Complaint = "slower and worse" if slower and worse else "worse" if worse else "slower"
+    return Diagnosis(of=of, findings=tuple(findings), facts=facts)
 
 
 def _of_products(facts: Facts) -> list[Finding]:
@@ -234,7 +235,12 @@ def _of_products(facts: Facts) -> list[Finding]:
     findings = []
     restored, floats = operators.count("weights to floats"), operators.count("float product")
     integers = operators.count("integer product")
-    compressed = sum(group.num for group in operators.groups if "Compressed" in group.kind)
+    compressed = any("Compressed" in group.kind for group in operators.groups)
+    stored = [
+        group
+        for group in operators.groups
+        if group.role == "float product" and (group.kind == "MatMulNBits" or "Compressed" in group.kind)
+    ]
     if restored:
         share = operators.share("weights to floats")
         findings.append(
@@ -246,18 +252,16 @@ def _of_products(facts: Facts) -> list[Finding]:
                 "Compile the quantized checkpoint with Slimline, or another exporter of integer products.",
             )
         )
-    elif floats and (integers or compressed or facts.rounds_inputs is False):
-        total = floats + integers
-        names = ", ".join(group.kind for group in operators.groups if group.role == "float product")
+    elif stored:
+        num, names = sum(group.num for group in stored), ", ".join(group.kind for group in stored)
         asked = "" if facts.rounds_inputs else " The engine's option `activations: float32` asks for it; try int8."
-        stored = "of weights that are stored as integers " if compressed or not integers else ""
-        if stored or not facts.rounds_inputs:
-            findings.append(
-                Finding(
-                    kind="float products",
-                    sentence=f"{floats} of {total} matrix products {stored}run in floats ({names}).{asked}",
-                )
+        findings.append(
+            Finding(
+                kind="float products",
+                sentence=f"{num} of {num + integers} matrix products of weights that are stored as integers run in "
+                f"floats ({names}).{asked}",
             )
+        )
     if not any("vnni" in name or "amx" in name for name in facts.instructions) and (integers or compressed or restored):
         findings.append(Finding(kind="missing instructions", sentence=_without_vnni(facts)))
     return findings

@@ -78,8 +78,18 @@ def test_floats_that_were_asked_for_are_no_riddle() -> None:
     assert "`activations: float32` asks for it" in found[0].sentence
 
 
-def test_a_float_model_is_not_blamed_for_being_one() -> None:
-    assert kinds(facts((group("FusedMatMul", "float product", 17, 6.0),), instructions=("avx2",))) == []
+@pytest.mark.parametrize("rounds_inputs", [True, False])
+def test_a_float_model_is_not_blamed_for_being_one(rounds_inputs) -> None:
+    groups = (group("FusedMatMul", "float product", 17, 6.0),)
+    assert kinds(facts(groups, rounds_inputs=rounds_inputs, instructions=("avx2",))) == []
+
+
+def test_layers_that_are_stored_as_floats_are_not_counted_among_integers() -> None:
+    groups = (group("MatMulNBits", "float product", 20, 8.0), group("FusedMatMul", "float product", 1, 1.0))
+    found = explain(facts(groups, rounds_inputs=False), None, slower=True, worse=False).findings
+    assert "20 of 20 matrix products of weights that are stored as integers run in floats (MatMulNBits)" in (
+        found[0].sentence
+    )
 
 
 @pytest.mark.parametrize(("instructions", "named"), [(("avx2",), True), (VNNI, False), (("avx2", "avx_vnni"), False)])
