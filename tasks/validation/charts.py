@@ -15,6 +15,8 @@ from tasks.validation.pareto import pareto_front
 CHARACTER_WIDTH = 6.4
 """Of the 11.5 px labels, on average; labels are placed with it, not measured."""
 LINE_HEIGHT = 14
+NUM_SERIES = 5
+"""Colours of the style sheet, and shapes of marks."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Point:
     label: str
     tooltip: str
     series: int
-    """Which colour and shape, 0..4; one per engine."""
+    """Which colour and shape, one per engine; they repeat after NUM_SERIES."""
     on_front: bool
     """Filled, because no other point beats it in any of the figures compared (more than the two drawn)."""
 
@@ -200,7 +202,6 @@ class Spread:
     values: tuple[float, ...]
     tooltip: str
     series: int
-    css: str = ""
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -217,15 +218,14 @@ def spreads(rows: Sequence[Spread], *, x_label: str, width: int = 560) -> Markup
         p5, p25, p50, p75, p95 = (x(value) for value in row.values)
         parts.append(
             Markup(
-                '<g class="spread s{series} {css}"><title>{tooltip}</title>'
+                '<g class="spread s{series}"><title>{tooltip}</title>'
                 '<rect class="hit" x="{left}" y="{hit}" width="{wide}" height="{step}"/>'
                 '<text class="label" x="{left}" y="{text}">{label}</text>'
                 '<line x1="{p5:.1f}" x2="{p95:.1f}" y1="{y}" y2="{y}"/>'
                 '<rect class="box" x="{p25:.1f}" y="{box}" width="{box_wide:.1f}" height="9" rx="2"/>'
                 '<line class="median" x1="{p50:.1f}" x2="{p50:.1f}" y1="{above}" y2="{below}"/></g>'
             ).format(
-                series=row.series,
-                css=row.css,
+                series=row.series % NUM_SERIES,
                 tooltip=row.tooltip,
                 left=left,
                 hit=middle - 22,
@@ -290,7 +290,7 @@ def curves(
     for line, (label_x, label_y, _) in zip(lines, placed, strict=True):
         points = list(zip(line.xs, line.ys, line.tooltips, strict=True))
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in points)
-        parts.append(Markup('<polyline class="load s{}" points="{}"/>').format(line.series % 5, path))
+        parts.append(Markup('<polyline class="load s{}" points="{}"/>').format(line.series % NUM_SERIES, path))
         parts += [
             _mark(x(px), y(py), Point(px, py, line.label, tooltip, line.series, on_front=True))
             for px, py, tooltip in points
@@ -368,23 +368,27 @@ def mark(series: int, *, on_front: bool = True) -> Markup:
     )
 
 
+def is_log(values: Sequence[float]) -> bool:
+    """Whether an axis of these values is logarithmic: they are positive and span more than a factor of three."""
+    return min(values) > 0 and max(values) / min(values) > 3
+
+
 def _axis(values: Sequence[float], start: float, end: float) -> Axis:
     low, high = min(values), max(values)
-    is_log = low > 0 and high / low > 3
-    if is_log:
+    if is_log(values):
         room = (high / low) ** 0.06
         return Axis(low / room, high * room, start, end, is_log=True)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low - room, high + room, start, end, is_log=False)
 
 
-def _vertical_grid(x: Axis, top: float, bottom: float) -> Markup:
+def _vertical_grid(x: Axis, top: float, bottom: float, ticks: Sequence[float] | None = None) -> Markup:
     return Markup("").join(
         Markup(
             '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
             '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
         ).format(x(value), top, bottom, bottom + 13, tick(value))
-        for value in x.ticks()
+        for value in (x.ticks() if ticks is None else ticks)
     )
 
 
@@ -397,14 +401,7 @@ def _grid(
     bottom: float,
     x_ticks: Sequence[float] | None = None,
 ) -> Markup:
-    parts = []
-    for value in x.ticks() if x_ticks is None else x_ticks:
-        parts.append(
-            Markup(
-                '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-                '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
-            ).format(x(value), top, bottom, bottom + 13, tick(value))
-        )
+    parts = [_vertical_grid(x, top, bottom, x_ticks)]
     for value in y.ticks():
         parts.append(
             Markup(
@@ -435,14 +432,15 @@ def _axis_names(
 
 
 def _mark(x: float, y: float, point: Point) -> Markup:
-    css = f"mark s{point.series}" + ("" if point.on_front else " hollow")
+    series = point.series % NUM_SERIES
+    css = f"mark s{series}" + ("" if point.on_front else " hollow")
     tag, shape = (
         ("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="5"'),
         ("rect", f'x="{x - 4.6:.1f}" y="{y - 4.6:.1f}" width="9.2" height="9.2"'),
         ("path", f'd="M{x:.1f},{y - 5.8:.1f}l5.4,10h-10.8z"'),
         ("path", f'd="M{x:.1f},{y - 6.2:.1f}l6.2,6.2l-6.2,6.2l-6.2,-6.2z"'),
         ("path", f'd="M{x:.1f},{y + 5.8:.1f}l5.4,-10h-10.8z"'),
-    )[point.series % 5]
+    )[series]
     return Markup('<{tag} class="{css}" {shape}><title>{tooltip}</title></{tag}>').format(
         tag=tag, css=css, shape=Markup(shape), tooltip=point.tooltip
     )

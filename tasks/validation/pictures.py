@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.validation.charts import is_log
 from tasks.validation.report import (
     DISTRIBUTIONS,
     FIGURES_OF_FRONT,
@@ -88,8 +89,7 @@ def _scatter(data: ReportData, points: Sequence[tuple[Line, float, float]], name
         axes.scatter([], [], marker=marker, color=colour, label=engine)
         for line, x, y in of:
             axes.annotate(line.row.candidate, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    xs = [x for _, x, _ in points]
-    if min(xs) > 0 and max(xs) / min(xs) > 3:
+    if is_log([x for _, x, _ in points]):
         axes.set_xscale("log")
     axes.legend(fontsize=8, frameon=False)
     return figure
@@ -107,8 +107,7 @@ def _spreads(data: ReportData, metric: str, label: str) -> "Figure":
         axes.barh(index, p75 - p25, left=p25, height=0.45, color=colour, alpha=0.35, edgecolor=colour)
         axes.plot([p50, p50], [index - 0.3, index + 0.3], color=colour, linewidth=2.5)
     axes.set_yticks(range(len(rows)), [line.row.name for line in reversed(rows)], fontsize=8)
-    low, high = min(of[line.row.name].values[0] for line in rows), max(of[line.row.name].values[4] for line in rows)
-    if low > 0 and high / low > 3:
+    if is_log([value for line in rows for value in of[line.row.name].values]):
         axes.set_xscale("log")
     return figure
 

@@ -5,7 +5,17 @@ import xml.dom.minidom
 
 import pytest
 
-from tasks.validation.charts import Axis, Point, curve, interval_bar, nice_ticks, place_labels, scatter, text_width
+from tasks.validation.charts import (
+    Axis,
+    Point,
+    curve,
+    interval_bar,
+    mark,
+    nice_ticks,
+    place_labels,
+    scatter,
+    text_width,
+)
 
 
 def boxes(anchors, places):
@@ -91,3 +101,8 @@ def test_interval_bar_shades_the_bad_side():
     assert dot < x
     assert x + width == pytest.approx(182, abs=0.2)
     xml.dom.minidom.parseString(interval_bar(limit=1, measured=1, low=None, high=None, is_max=False, verdict="REJECT"))
+
+
+def test_a_sixth_engine_has_the_mark_of_the_first():
+    assert mark(5) == mark(0)
+    assert len({mark(series) for series in range(5)}) == 5
