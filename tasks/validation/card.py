@@ -28,7 +28,7 @@ def model_card(data: ReportData, row: Row) -> str:
             metric_value=float(f"{measured.value.value:.6g}"),
         )
         for figure, measured in row.figures.items()
-        if data.metrics and data.metrics[metric_of(figure, data.metrics)].aspect == "quality"
+        if data.metrics[metric_of(figure, data.metrics)].aspect == "quality"
     ]
     about = ModelCardData(
         base_model=data.source if _is_hub_id(data.source) else None,
@@ -71,8 +71,8 @@ def _table(data: ReportData, row: Row) -> list[str]:
         return []
     lines = ["", "| measured | value | 95 % interval | original |", "|---|---|---|---|"]
     for figure, measured in row.figures.items():
-        metric = data.metrics[metric_of(figure, data.metrics)] if data.metrics else None
-        unit = f" {metric.unit}" if metric and metric.unit else ""
+        metric = data.metrics[metric_of(figure, data.metrics)]
+        unit = f" {metric.unit}" if metric.unit else ""
         original = "" if measured.original is None else f"{number(measured.original)}{unit}"
         value = number(measured.value.value)
         lines.append(f"| {figure} | {value}{unit} | {interval(measured.value)} | {original} |")

@@ -161,6 +161,7 @@ def render(data: ReportData, out: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(mib=_mib, num=number, interval=interval, duration=duration)
+    figures = measured_by_figure(data)
     page = environment.get_template(TEMPLATE).render(
         data=data,
         lines=lines(data),
@@ -168,8 +169,8 @@ def render(data: ReportData, out: Path) -> Path:
         charts=_charts(data),
         spreads=_spreads(data),
         load_charts=_load_charts(data),
-        measured_by_figure=measured_by_figure(data),
-        has_tasks=any(metric.option.startswith("validation.tasks") for metric in data.metrics.values()),
+        task_figures=[each for each in figures if _is_of_task(each[1])],
+        other_figures=[each for each in figures if not _is_of_task(each[1])],
         block_errors=_block_errors,
         check_bar=_check_bar,
         curve=charts.curve,
@@ -356,7 +357,7 @@ def _spreads(data: ReportData) -> list[Markup]:
                 tooltip=f"{line.row.name}: half of {each.num} between {number(each.values[1])} and "
                 f"{number(each.values[3])}, median {number(each.values[2])}, p5 {number(each.values[0])}, "
                 f"p95 {number(each.values[4])} ({x_label})",
-                series=engines.index(line.row.engine) % 5,
+                series=engines.index(line.row.engine),
             )
             for line in lines(data)
             if (each := of.get(line.row.name))
@@ -422,6 +423,10 @@ def measured_by_figure(data: ReportData) -> list[tuple[str, Metric, list[Measure
     order = list(data.metrics)
     known.sort(key=lambda each: order.index(each[1].name))
     return [(name, metric, [row.figures.get(name) for row in rows]) for name, metric in known]
+
+
+def _is_of_task(metric: Metric) -> bool:
+    return metric.option.startswith("validation.tasks")
 
 
 def _block_errors(diagnosis: Diagnosis) -> Markup:

@@ -228,6 +228,12 @@ def test_page_tells_every_quantized_layer_and_why_others_are_not(data, tmp_path)
     assert "float32: `ignore` names it" in text
 
 
+def test_page_names_the_engine_of_the_original(data, tmp_path):
+    assert "<model>.gguf, in PyTorch float32, measured side by side" in page_of(data, tmp_path).text
+    other = data.model_copy(update={"original_engine": "OpenVINO float32"})
+    assert "<model>.gguf, in OpenVINO float32, measured side by side" in page_of(other, tmp_path).text
+
+
 def test_page_without_speed_curves_and_winner_is_whole_too(data, tmp_path):
     bare = data.model_copy(
         update={
@@ -373,6 +379,7 @@ def test_page_lists_every_figure_and_tasks_apart(diagnosed, tmp_path):
     update = {"rows": rows, "metrics": {**diagnosed.metrics, "news.bleu": bleu}}
     text = page_of(diagnosed.model_copy(update=update), tmp_path).text
     assert "news.bleuhigher is better" in text
+    assert "1 figures per bundle" in text  # that of the task is in its own table
     assert "1.9 % worse" in text
 
 
