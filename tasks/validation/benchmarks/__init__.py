@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tasks.validation.benchmarks.asking import Benchmark
 from tasks.validation.benchmarks.classification import Classification
 from tasks.validation.benchmarks.code_generation import CodeGeneration
 from tasks.validation.benchmarks.embeddings import Embeddings
@@ -16,7 +17,15 @@ AnyBenchmark = Annotated[
     Translation | Summarization | QuestionAnswering | Classification | CodeGeneration | LmEvaluation | Embeddings,
     Field(discriminator="task"),
 ]
-KINDS = (Translation, Summarization, QuestionAnswering, Classification, CodeGeneration, LmEvaluation, Embeddings)
+KINDS: tuple[type[Benchmark], ...] = (
+    Translation,
+    Summarization,
+    QuestionAnswering,
+    Classification,
+    CodeGeneration,
+    LmEvaluation,
+    Embeddings,
+)
 
 METRICS = tuple({metric.name: metric for kind in KINDS for metric in kind.METRICS}.values())
 """Every metric of any benchmark; * stands for the name that a recipe gives it."""

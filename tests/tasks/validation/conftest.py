@@ -1,5 +1,8 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tasks.validation import latency
@@ -69,3 +72,29 @@ def tiny_bundle(tiny_checkpoint: Path, small_data: Path, tmp_path_factory: pytes
     engine = OnnxRuntime(precision="float32")
     compile_engine(checkpoint=tiny_checkpoint, data=small_data, engine=engine, threads=1, out=out)
     return out
+
+
+@pytest.fixture(scope="session")
+def compile_damaged(
+    tiny_checkpoint: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[float], Path]:
+    """Makes a bundle in ONNX Runtime of the tiny model with noise of a standard deviation in one layer."""
+    pytest.importorskip("onnxruntime")
+    from safetensors.numpy import load_file, save_file
+
+    from tasks.engines.compiling import compile_engine
+    from tasks.engines.onnxruntime import OnnxRuntime
+
+    def make(noise: float) -> Path:
+        damaged, bundle = tmp_path_factory.mktemp("damaged") / "checkpoint", tmp_path_factory.mktemp("damaged-bundle")
+        shutil.copytree(tiny_checkpoint, damaged)
+        weights = load_file(damaged / "model.safetensors")
+        name = "model.layers.1.mlp.down_proj.weight"
+        added = np.random.default_rng(0).normal(0, noise, weights[name].shape).astype(np.float32)
+        weights[name] = weights[name] + added
+        save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+        engine = OnnxRuntime(precision="float32")
+        compile_engine(checkpoint=damaged, data=small_data, engine=engine, threads=1, out=bundle)
+        return bundle
+
+    return make

@@ -114,28 +114,14 @@ def test_the_same_model_in_another_engine_agrees_up_to_rounding(reference, tiny_
     assert summary.original_perplexity == pytest.approx(reference[1].perplexity.value)
 
 
-def test_a_damaged_model_is_told_from_the_original(reference, tiny_checkpoint, small_data, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    from tasks.engines.compiling import compile_engine
-    from tasks.engines.onnxruntime import OnnxRuntime
-
-    damaged, bundle, out = (tmp_path / name for name in ("damaged", "bundle", "out"))
-    shutil.copytree(tiny_checkpoint, damaged)
-    weights = load_file(damaged / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights[name] = weights[name] + np.random.default_rng(0).normal(0, 0.05, weights[name].shape).astype(np.float32)
-    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    bundle.mkdir(), out.mkdir()
-    engine = OnnxRuntime(precision="float32")
-    compile_engine(checkpoint=damaged, data=small_data, engine=engine, threads=1, out=bundle)
-    summary = measure(bundle, reference[0], small_data, out)
+def test_a_damaged_model_is_told_from_the_original(reference, compile_damaged, small_data, tmp_path):
+    summary = measure(compile_damaged(0.05), reference[0], small_data, tmp_path)
     assert 0.5 < summary.top5_agreement.value < 0.99
     assert 0 < summary.greedy_match_tokens.value < 32
     assert summary.kl_nats.low > 1e-4
     assert summary.top1_agreement.value < 0.99
 
-    items = pd.read_parquet(out / "items.parquet")
+    items = pd.read_parquet(tmp_path / "items.parquet")
     assert list(items["num_tokens"]) == [47] * 6
     assert summary.num_kl_positions == items["num_kl_positions"].sum() == 40
     assert math.exp(items["nll"].sum() / items["num_tokens"].sum()) == pytest.approx(summary.perplexity.value)

@@ -39,22 +39,6 @@ def greedy(tiny_checkpoint: Path) -> Callable[[str, int], str]:
 
 
 @pytest.fixture(scope="session")
-def damaged_bundle(tiny_checkpoint: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with noise in one layer, in ONNX Runtime: it answers most prompts otherwise."""
-    import shutil
-
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
-    from tasks.engines.compiling import compile_engine
-    from tasks.engines.onnxruntime import OnnxRuntime
-
-    damaged, bundle = tmp_path_factory.mktemp("damaged") / "checkpoint", tmp_path_factory.mktemp("damaged-bundle")
-    shutil.copytree(tiny_checkpoint, damaged)
-    weights = load_file(damaged / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights[name] = weights[name] + np.random.default_rng(0).normal(0, 0.2, weights[name].shape).astype(np.float32)
-    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    engine = OnnxRuntime(precision="float32")
-    compile_engine(checkpoint=damaged, data=small_data, engine=engine, threads=1, out=bundle)
-    return bundle
+def damaged_bundle(compile_damaged: Callable[[float], Path]) -> Path:
+    """The tiny model with so much noise in one layer that it answers most prompts otherwise."""
+    return compile_damaged(0.2)
