@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from tasks.validation.measured import Better, Metric
 
 ITEMS_AT_ONCE = 16
 
+Texts = Annotated[list[str], Field(min_length=1)]
 Columns = dict[str, list[Any]]
 """What a model answered, by name, one value per item: "answer", and what else a benchmark keeps of it."""
 
@@ -180,7 +181,7 @@ class Benchmark(Protocol):
             original: what the original answered; None: these are the original's own.
         """
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """How figures are computed, by name of the metric, as others have to know to compare theirs."""
 
 

@@ -83,7 +83,7 @@ class Classification(Prompted, frozen=True, extra="forbid"):
         right = [str(item["label"]) == answer for item, answer in zip(items, answers["answer"], strict=True)]
         return {"accuracy": mean_of(right), "macro_f1": Score(confusion.reshape(len(items), -1), macro_f1)}
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """How the label is found."""
         how = f"likeliest label by log-likelihood per {self.per}"
         return {"accuracy": how, "macro_f1": how}

@@ -111,7 +111,7 @@ class CodeGeneration(Written, frozen=True, extra="forbid"):
             for k in [int(metric.name.rpartition("_")[2])]
         }
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """The sampling."""
         how = f"n={self.num_samples}, temperature {self.temperature:g}, at most {self.max_new_tokens} tokens"
         return {metric.name.removeprefix("*."): how for metric in self.measured_metrics()}

@@ -89,7 +89,7 @@ class Embeddings(Options, frozen=True, extra="forbid"):
         ]
         return {"cosine": mean_of((ours * theirs).sum(axis=1)), "retrieval_agreement": mean_of(shared)}
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """How many neighbours."""
         return {"retrieval_agreement": f"{self.num_neighbours} nearest by cosine, among all texts of the data"}
 

@@ -140,7 +140,7 @@ class LmEvaluation(Options, frozen=True, extra="forbid"):
                 found[metric] = Score(values, _bits if metric == "bits_per_byte" else _perplexity)
         return found
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """Task, examples and version."""
         version = importlib.metadata.version("lm_eval")
         how = f"{self.data}, num_fewshot {self.num_fewshot}, lm-evaluation-harness {version}"

@@ -104,7 +104,7 @@ def measure_benchmark(
             )
             for name, each in scores.items()
         },
-        signatures=benchmark.signatures(),
+        signatures=benchmark.signatures(items),
     )
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report
-from tasks.validation.benchmarks.asking import Columns, Written, not_installed, text_metric
+from tasks.validation.benchmarks.asking import Columns, Texts, Written, not_installed, text_metric
 from tasks.validation.benchmarks.items import Item
 from tasks.validation.benchmarks.scores import Score, mean_of
 from tasks.validation.benchmarks.subjects import Subject
@@ -19,7 +19,7 @@ class Text(BaseModel):
     """A line of the data; the prompt may name any other field of it."""
 
     text: str = Field(description="text, what to summarize.")
-    summary: str | list[str] = Field(description="text, or a list of texts: summaries by people.")
+    summary: str | Texts = Field(description="text, or a list of texts: summaries by people.")
 
 
 class Summarization(Written, frozen=True, extra="forbid"):
@@ -54,6 +54,6 @@ class Summarization(Written, frozen=True, extra="forbid"):
                 found[name].append(max(scores[name].fmeasure for scores in by_reference))
         return {name: mean_of(values) for name, values in found.items()}
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """The library's version and options."""
         return {name: f"F1, use_stemmer, rouge-score {version('rouge-score')}" for name in NAMES}

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.calibration.progress import Report
-from tasks.validation.benchmarks.asking import Columns, Written, not_installed, text_metric
+from tasks.validation.benchmarks.asking import Columns, Texts, Written, not_installed, text_metric
 from tasks.validation.benchmarks.items import Item
 from tasks.validation.benchmarks.scores import Floats, Score
 from tasks.validation.benchmarks.subjects import Subject
@@ -18,7 +18,7 @@ class Sentence(BaseModel):
     """A line of the data; the prompt may name any other field of it."""
 
     source: str = Field(description="text, the sentence to translate.")
-    reference: str | list[str] = Field(description="text, or a list of texts: translations by people.")
+    reference: str | Texts = Field(description="text, or a list of texts: translations by people.")
 
 
 class Translation(Written, frozen=True, extra="forbid"):
@@ -42,18 +42,16 @@ class Translation(Written, frozen=True, extra="forbid"):
 
     def scores(self, items: list[Item], answers: Columns, original: Columns | None) -> dict[str, Score]:
         """BLEU (Papineni et al., ACL 2002) and chrF (Popović, WMT 2015) over the corpus, 0 to 100."""
-        references = [[ref] if isinstance(ref := item["reference"], str) else list(ref) for item in items]
-        most = max(len(each) for each in references)
-        streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
+        references = _streams(items)
         return {
-            name: Score(_statistics(metric, answers["answer"], streams), partial(_figure, metric))
+            name: Score(_statistics(metric, answers["answer"], references), partial(_figure, metric))
             for name, metric in _metrics().items()
         }
 
-    def signatures(self) -> dict[str, str]:
+    def signatures(self, items: list[Item]) -> dict[str, str]:
         """sacrebleu's own."""
         for metric in (found := _metrics()).values():
-            metric.corpus_score(["a"], [["a"]])  # a signature tells how many references there were
+            metric.corpus_score([""] * len(items), _streams(items))  # a signature tells how many references there were
         return {name: str(metric.get_signature()) for name, metric in found.items()}
 
 
@@ -62,6 +60,13 @@ def _metrics() -> dict[str, Any]:
     from sacrebleu.metrics.chrf import CHRF
 
     return {"bleu": BLEU(), "chrf": CHRF()}
+
+
+def _streams(items: list[Item]) -> list[list[str | None]]:
+    """The first reference of every item, the second of every item, …; None where an item has fewer."""
+    references = [[ref] if isinstance(ref := item["reference"], str) else list(ref) for item in items]
+    most = max(len(each) for each in references)
+    return [[each[place] if place < len(each) else None for each in references] for place in range(most)]
 
 
 def _statistics(metric: Any, hypotheses: list[str], references: list[list[str | None]]) -> Floats:

@@ -32,8 +32,23 @@ def test_bleu_and_chrf_are_sacrebleus_also_of_resampled_items_and_several_refere
             expected = metric.corpus_score([answers[n] for n in chosen], streams).score
             assert scores[name].figure(scores[name].parts[chosen].sum(axis=0)) == pytest.approx(expected, rel=1e-9)
             assert 20 < expected < 100
-    assert "version:2.6.0" in benchmark.signatures()["bleu"]
-    assert "nc:6" in benchmark.signatures()["chrf"]
+    assert "version:2.6.0" in benchmark.signatures(asked)["bleu"]
+    assert "nc:6" in benchmark.signatures(asked)["chrf"]
+    assert "nrefs:var" in benchmark.signatures(asked)["bleu"]
+    assert "nrefs:2" in benchmark.signatures(asked[1:3])["chrf"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "field"),
+    [
+        (Translation(task="translation", data="x", prompt="{source}"), "reference"),
+        (Summarization(task="summarization", data="x"), "summary"),
+    ],
+)
+def test_an_item_without_anything_to_compare_with_is_refused(benchmark, field, write_lines):
+    file = write_lines([{"source": "a", "text": "a", field: ["b"]}, {"source": "c", "text": "c", field: []}])
+    with pytest.raises(ValueError, match=rf"{field!r} in line 2 of items.jsonl must be: text, or .* Got \[\]"):
+        benchmark.items(file)
 
 
 def test_rouge_is_rouge_scores_and_the_best_of_several_summaries():
