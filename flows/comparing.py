@@ -1,6 +1,7 @@
 """Earlier runs side by side on one page, from what MLflow keeps of them; nothing is measured anew."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from infra.settings import settings
+from flows.reporting import write_page
 from infra.tracking import FlowRun, find_flow_run, report_figures, run_url
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
 from tasks.validation.load import LoadSummary
-from tasks.validation.report import Curve, Distribution, Quantized, ReportData, Row, Stage, render
+from tasks.validation.report import Curve, Distribution, Quantized, ReportData, Row, Stage
 
 Titled = TypeVar("Titled", Stage, Curve, Quantized)
 
@@ -31,12 +32,8 @@ def compare(runs: Sequence[str]) -> tuple[ReportData, Path]:
         raise ValueError("Comparing needs at least two different runs; name each once.")
     data = join([(_name(run, found), _read(run)) for run in found])
     links = {f"MLflow: {_name(run, found)}": run_url(run.run_id, run.experiment) for run in found}
-    data = data.model_copy(update={"links": links, "command": "slimline compare " + " ".join(runs)})
-    directory = settings().home / "reports"
-    directory.mkdir(parents=True, exist_ok=True)
-    page = render(data, directory / f"compare-{'-'.join(run.run_id[:6] for run in found)}.html")
-    page.with_suffix(".json").write_text(data.model_dump_json(indent=1))
-    return data, page
+    data = data.model_copy(update={"links": links, "command": shlex.join(["slimline", "compare", *runs])})
+    return data, write_page(data, f"compare-{'-'.join(run.run_id[:6] for run in found)}")
 
 
 def _name(run: FlowRun, among: Sequence[FlowRun]) -> str:

@@ -6,13 +6,13 @@ that looking again does not raise the error; verdicts that were reached stay.
 """
 
 from flows.judging import judge_candidates
-from flows.pipeline import ORIGINAL, Products, Round, Run, baselines
+from flows.pipeline import ORIGINAL, Products, Round, Run, ask, baselines, surviving, time_together
 from flows.recipe import Recipe
 from infra.console import console
 from infra.isolation import StageError
 from infra.tracking import StageResult
 from tasks.data import more_windows
-from tasks.validate import measure_quality, measure_reference, measure_speed
+from tasks.validate import measure_reference
 from tasks.validation.metrics import by_name
 from tasks.validation.verdicts import Judgement
 
@@ -97,32 +97,15 @@ def _measure_again(
             )
             stages += [windows, reference]
     for key in of_quality:
-        try:
-            again.quality[key] = run(
-                measure_quality,
-                f"{label} {key}",
-                bundle=products.bundles[key],
-                reference=reference,
-                data=windows,
-                options=validation.quality,
-                timeout_s=60 * validation.max_minutes_per_candidate,
-            )
-        except StageError as error:
-            products.failed[key] = str(error)
+        with surviving(products, [], key):
+            again.quality[key] = ask(f"{label} {key}", products.bundles[key], recipe, reference, windows, run)
     stages += again.quality.values()
     if of_speed and validation.speed:
         beside = baselines(products.bundles)
         names = dict.fromkeys([*of_speed, *(beside[key] for key in of_speed if key in beside)])
         bundles = {key: products.bundles[key] for key in names if key not in products.failed}
-        again.speed = run(
-            measure_speed,
-            label,
-            bundles=bundles,
-            baselines=baselines(bundles),
-            original=products.original,
-            data=products.data,
-            options=validation.speed.model_copy(update={"seed": validation.speed.seed + number}),
-        )
+        options = validation.speed.model_copy(update={"seed": validation.speed.seed + number})
+        again.speed = time_together(label, bundles, options, products, run)
         stages.append(again.speed)
     if stages:
         products.rounds.append(again)

@@ -34,11 +34,6 @@ def original_size_bytes(products: Products) -> int:
     return int(str(products.original.metrics["size_bytes"]))
 
 
-def quality_of(products: Products) -> dict[str, QualitySummary]:
-    """What was measured of each engine bundle's answers in the first measurement."""
-    return {key: QualitySummary.model_validate(stage.metrics) for key, stage in products.quality.items()}
-
-
 def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> SpeedSummary | None:
     """What all measurements together say of the engines' speed."""
     stages = [products.speed, *(again.speed for again in products.rounds)]
@@ -53,10 +48,12 @@ def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDE
 
 def quality_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> dict[str, QualitySummary]:
     """What all measurements together say of each engine bundle's answers."""
-    found = quality_of(products)
+    found = {}
     for key, stage in products.quality.items():
         stages = [stage, *(again.quality[key] for again in products.rounds if key in again.quality)]
-        if len(stages) > 1 or confidence != CONFIDENCE:
+        if len(stages) == 1 and confidence == CONFIDENCE:
+            found[key] = QualitySummary.model_validate(stage.metrics)
+        else:
             paths = [each.artifact.path for each in stages]
             found[key] = pooled_quality(paths, seed=recipe.validation.quality.seed, confidence=confidence)
     return found

@@ -13,7 +13,7 @@ from flows.recipe import Recipe
 from flows.reporting import description, publish_artifacts, publish_report, report_data
 from flows.running import Runner
 from infra.console import console
-from infra.tracking import end_flow, start_flow
+from infra.tracking import end_flow, flow_run
 from tasks.register import register
 
 
@@ -29,9 +29,8 @@ def optimize(recipe: Recipe) -> Outcome:
     """
     if reasons := obstacles(recipe):
         raise ValueError("This machine cannot run the recipe: " + " ".join(reasons))
-    parent = start_flow(f"optimize {recipe.name}", recipe_json=recipe.model_dump_json(indent=1), tags={})
     started_at = time.monotonic()
-    try:
+    with flow_run(f"optimize {recipe.name}", recipe_json=recipe.model_dump_json(indent=1), tags={}) as parent:
         console.print(f"[bold]{recipe.name}[/] from {recipe.source}")
         run = Runner(parent)
         products = pipeline(recipe, run)
@@ -49,9 +48,6 @@ def optimize(recipe: Recipe) -> Outcome:
                 description=description(found),
             )
         outcome = publish_report(found, version, parent, elapsed_s=time.monotonic() - started_at)
-    except BaseException as error:
-        end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
     end_flow(parent, "FINISHED", outcome.metrics())
     publish_artifacts(outcome, parent)
     return outcome

@@ -69,22 +69,18 @@ def _cell(estimate: Estimate | None) -> str:
 
 def show_comparison(data: ReportData, page: Path) -> None:
     """Print the table of several runs, why they may not be compared, and where the page is."""
-    out = Console(highlight=False)
-    out = Console(highlight=False, width=max(out.width, TABLE_WIDTH))
+    out = _console()
     out.print(terminal_table(data))
     for problem in data.incomparable:
         out.print(f"not comparable  {problem}", soft_wrap=True, markup=False)
-    out.print(f"report      {page}", soft_wrap=True)
-    out.print(f"figures     {page.with_suffix('.json')}", soft_wrap=True)
+    _show_files(out, page)
 
 
 def show(outcome: Outcome) -> None:
     """Print the table, and where to find the rest."""
-    out = Console(highlight=False)
-    out = Console(highlight=False, width=max(out.width, TABLE_WIDTH))
+    out = _console()
     out.print(terminal_table(outcome.data))
-    out.print(f"report      {outcome.report}", soft_wrap=True)
-    out.print(f"figures     {outcome.report.with_suffix('.json')}", soft_wrap=True)
+    _show_files(out, outcome.report)
     if outcome.version:
         version = outcome.version
         out.print(f"registered  {version.model} version {version.version}: {version.uri}", soft_wrap=True)
@@ -94,3 +90,12 @@ def show(outcome: Outcome) -> None:
     else:
         out.print(f"registered  nothing. {outcome.data.register_note}", soft_wrap=True, markup=False)
     out.print("pages       make up   (Prefect and MLflow in a browser)")
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
+
+
+def _show_files(out: Console, page: Path) -> None:
+    out.print(f"report      {page}", soft_wrap=True)
+    out.print(f"figures     {page.with_suffix('.json')}", soft_wrap=True)

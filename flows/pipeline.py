@@ -26,6 +26,7 @@ from tasks.sensitivity import measure_sensitivity
 from tasks.tpot import measure_tpot
 from tasks.tune import tune_engine
 from tasks.validate import measure_load, measure_quality, measure_reference, measure_speed
+from tasks.validation import Speed
 
 Run = Callable[..., StageResult]
 """run(task, label, **arguments) -> the stage's result; `label` names the candidate for people."""
@@ -118,15 +119,7 @@ def measure_together(recipe: Recipe, products: Products, run: Run) -> None:
     """Speed and load of every bundle that is there, side by side."""
     alive = {key: bundle for key, bundle in products.bundles.items() if key not in products.failed}
     if recipe.validation.speed and alive:
-        products.speed = run(
-            measure_speed,
-            "",
-            bundles=alive,
-            baselines=baselines(alive),
-            original=products.original,
-            data=products.data,
-            options=recipe.validation.speed,
-        )
+        products.speed = time_together("", alive, recipe.validation.speed, products, run)
     if recipe.validation.load and alive:
         products.load = run(measure_load, "", bundles=alive, data=products.data, options=recipe.validation.load)
 
@@ -168,15 +161,7 @@ def _compile_and_measure(
 def measure_answers(key: str, bundle: StageResult, recipe: Recipe, products: Products, run: Run) -> None:
     """How well an engine bundle answers."""
     products.bundles[key] = bundle
-    products.quality[key] = run(
-        measure_quality,
-        key,
-        bundle=bundle,
-        reference=products.reference,
-        data=products.data,
-        options=recipe.validation.quality,
-        timeout_s=60 * recipe.validation.max_minutes_per_candidate,
-    )
+    products.quality[key] = ask(key, bundle, recipe, products.reference, products.data, run)
     products.benchmarks[key] = {
         task: run(
             measure_benchmark,
@@ -188,6 +173,36 @@ def measure_answers(key: str, bundle: StageResult, recipe: Recipe, products: Pro
         )
         for task, benchmark in recipe.validation.tasks.items()
     }
+
+
+def ask(
+    title: str, bundle: StageResult, recipe: Recipe, reference: StageResult, data: StageResult, run: Run
+) -> StageResult:
+    """Quality of a bundle on the evaluation windows of `data`, which the original answered in `reference`."""
+    return run(
+        measure_quality,
+        title,
+        bundle=bundle,
+        reference=reference,
+        data=data,
+        options=recipe.validation.quality,
+        timeout_s=60 * recipe.validation.max_minutes_per_candidate,
+    )
+
+
+def time_together(
+    title: str, bundles: dict[str, StageResult], options: Speed, products: Products, run: Run
+) -> StageResult:
+    """Speed of bundles side by side, beside the original, and beside the unchanged model in the same engine."""
+    return run(
+        measure_speed,
+        title,
+        bundles=bundles,
+        baselines=baselines(bundles),
+        original=products.original,
+        data=products.data,
+        options=options,
+    )
 
 
 def _compress(

@@ -8,7 +8,16 @@ from typing import Any
 import yaml
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.judging import best, failures, figures_of, load_of, original_size_bytes, quality_of, speed_of, speed_of_all
+from flows.judging import (
+    best,
+    failures,
+    figures_of,
+    load_of,
+    original_size_bytes,
+    quality_of_all,
+    speed_of,
+    speed_of_all,
+)
 from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
@@ -94,11 +103,7 @@ def publish_report(data: ReportData, version: Version | None, parent: Parent, *,
     """Write the page and its figures under the home, keep them with the MLflow run, and conclude."""
     registered = f"{version.model} version {version.version}, alias {version.alias}" if version else None
     data = data.model_copy(update={"registered": registered, "elapsed_s": elapsed_s})
-    directory = settings().home / "reports"
-    directory.mkdir(parents=True, exist_ok=True)
-    page = render(data, directory / f"{data.title}-{parent.run_id[:8]}.html")
-    figures = page.with_suffix(".json")
-    figures.write_text(data.model_dump_json(indent=1))
+    page = write_page(data, f"{data.title}-{parent.run_id[:8]}")
     with TemporaryDirectory() as folder:
         plots, cards = Path(folder) / "plots", Path(folder) / "model-cards"
         plots.mkdir()
@@ -108,8 +113,17 @@ def publish_report(data: ReportData, version: Version | None, parent: Parent, *,
             if row.judgement:
                 (cards / f"{row.name.replace('/', '-')}.md").write_text(model_card(data, row), encoding="utf-8")
         folders = {each.name: each for each in (plots, cards) if any(each.iterdir())}
-        link_report(parent, page, figures, folders=folders)
+        link_report(parent, page, page.with_suffix(".json"), folders=folders)
     return Outcome(data=data, version=version, report=page, parent_run_id=parent.run_id)
+
+
+def write_page(data: ReportData, name: str) -> Path:
+    """The page, written under the home; its figures lie beside it as JSON."""
+    directory = settings().home / "reports"
+    directory.mkdir(parents=True, exist_ok=True)
+    page = render(data, directory / f"{name}.html")
+    page.with_suffix(".json").write_text(data.model_dump_json(indent=1))
+    return page
 
 
 def publish_artifacts(outcome: Outcome, parent: Parent) -> None:
@@ -133,11 +147,7 @@ def _rows(
     diagnoses: dict[str, Diagnosis],
     parent: Parent,
 ) -> list[Row]:
-    quality, figures, failed = (
-        quality_of(products),
-        figures_of(recipe, products),
-        failures(products),
-    )
+    quality, figures, failed = quality_of_all(recipe, products), figures_of(recipe, products), failures(products)
     rows = [
         _unmade(recipe, key, judgements) for key in failed if key not in {**products.bundles, **products.built_only}
     ]

@@ -19,7 +19,7 @@ from flows.recipe import Recipe, RecipeError, parse
 from flows.reporting import publish_artifacts, publish_report, report_data
 from flows.running import Runner
 from infra.console import console
-from infra.tracking import StageResult, end_flow, start_flow
+from infra.tracking import StageResult, end_flow, flow_run
 from tasks.bundle import import_bundle
 from tasks.checkpoint import fingerprint, import_checkpoint
 from tasks.engines import label, title
@@ -88,9 +88,10 @@ def validate(recipe: Recipe, bundle: str, directory: str, command: str) -> Outco
         directory: Where it lies.
         command: That makes the report again.
     """
-    parent = start_flow(f"validate {bundle}", recipe_json=recipe.model_dump_json(indent=1), tags={"bundle": bundle})
     started_at = time.monotonic()
-    try:
+    with flow_run(
+        f"validate {bundle}", recipe_json=recipe.model_dump_json(indent=1), tags={"bundle": bundle}
+    ) as parent:
         console.print(f"[bold]{bundle}[/] against {recipe.source}")
         run = Runner(parent)
         products = _measure(recipe, Path(directory), run)
@@ -98,22 +99,12 @@ def validate(recipe: Recipe, bundle: str, directory: str, command: str) -> Outco
         diagnoses = diagnose_candidates(recipe, products, judgements, run)
         found = report_data(recipe, products, judgements, diagnoses, run.records, parent)
         rows = tuple(row.model_copy(update={"steps": bundle}) for row in found.rows)
-        original = "PyTorch float32"
+        told: dict[str, Any] = {"rows": rows, "command": command, "register_note": "Validating registers nothing."}
         if products.original.kind == "engine":
             path = products.original.artifact.path
-            original = title(settings_here(path, read_manifest(path))[0])
-        found = found.model_copy(
-            update={
-                "rows": rows,
-                "command": command,
-                "original_engine": original,
-                "register_note": "Validating registers nothing.",
-            }
-        )
+            told["original_engine"] = title(settings_here(path, read_manifest(path))[0])
+        found = found.model_copy(update=told)
         outcome = publish_report(found, None, parent, elapsed_s=time.monotonic() - started_at)
-    except BaseException as error:
-        end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
     end_flow(parent, "FINISHED", outcome.metrics())
     publish_artifacts(outcome, parent)
     return outcome

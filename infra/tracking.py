@@ -240,6 +240,17 @@ def start_flow(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Paren
     return parent
 
 
+@contextlib.contextmanager
+def flow_run(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Iterator[Parent]:
+    """Within, the run of this flow run, see `start_flow`; what is raised ends it as failed, an interrupt as killed."""
+    parent = start_flow(name, recipe_json=recipe_json, tags=tags)
+    try:
+        yield parent
+    except BaseException as error:
+        end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
 def end_flow(parent: Parent, status: Status, metrics: Mapping[str, Any] | BaseModel | None = None) -> None:
     """Close the flow's run with its figures."""
     _log_metrics(parent.run_id, flatten(metrics or {}))

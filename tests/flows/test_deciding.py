@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from flows.deciding import decide, undecided
+from flows.judging import quality_of_all
 from flows.pipeline import ORIGINAL, Products
 from flows.recipe import Recipe, parse
 from infra.isolation import StageCrashed
@@ -110,6 +111,8 @@ def test_only_what_is_undecided_is_measured_again_and_pooled_with_what_was(tmp_p
     ]
     (again,) = found.rounds
     assert list(again.quality) == ["open/onnxruntime"]
+    quality = quality_of_all(recipe(), found)  # what the report shows
+    assert [quality[f"{name}/onnxruntime"].num_windows for name in ("good", "open")] == [8, 16]
 
 
 def test_what_more_data_would_not_decide_stays_inconclusive_and_says_how_much_would(tmp_path):

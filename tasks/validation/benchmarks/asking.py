@@ -149,9 +149,18 @@ class Benchmark(Protocol):
     """A kind of task with its data: one file of this package each."""
 
     METRICS: ClassVar[tuple[Metric, ...]]
-    task: Any
-    data: str
-    seed: int
+
+    @property
+    def task(self) -> str:
+        """The name of the kind."""
+
+    @property
+    def data(self) -> str:
+        """Where its items come from."""
+
+    @property
+    def seed(self) -> int:
+        """Of the drawn items and of the bootstrap."""
 
     def measured_metrics(self) -> tuple[Metric, ...]:
         """Those of `METRICS` that these options measure."""
