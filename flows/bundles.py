@@ -145,7 +145,7 @@ def find_bundle(name: str) -> Path:
 def load(bundle: str, *, lookup: bool, draft: str | None, threads: int | None) -> "TextGenerator":
     """The bundle that `bundle` names, ready to answer."""
     from tasks.engines.compiling import load_generator
-    from tasks.engines.runtimes import Lookup
+    from tasks.engines.proposals import Lookup
 
     return load_generator(
         find_bundle(bundle),

@@ -39,8 +39,9 @@ from tasks.engines.genai_files import end_tokens
 from tasks.engines.naming import describe
 from tasks.engines.parity import Parity, ask, compare, tolerance
 from tasks.engines.processor import cpuinfo
+from tasks.engines.proposals import Lookup
 from tasks.engines.reference import StreamedPyTorch
-from tasks.engines.runtimes import Lookup, runtime_of
+from tasks.engines.runtimes import runtime_of
 from tasks.engines.text import Runtime, TextGenerator
 from tasks.engines.tuning import Tuned, Tuning, tune
 from tasks.quantization.exported_checkpoint import is_exported

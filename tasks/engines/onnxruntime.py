@@ -19,6 +19,7 @@ from tasks.quantization.activations import Format
 
 SPIN_US = "20"  # how long an idle thread waits awake: long enough between operators, short where a core is shared
 PAST = "past_key_values."
+MOST_KEPT = 17  # tokens of a step that is bound once: one, or one and what was proposed to follow it
 CACHE_STEP = 256  # tokens by which the KV cache's room is rounded up
 
 
@@ -133,7 +134,7 @@ class OnnxRuntimeSession:
         self._cache_dtype = np.dtype(self.facts["kv_cache"])
         self._buffers: list[NDArray[Any]] = []  # [batch, num_kv_heads, room, head_dim], in the order of _caches
         self._length = 0
-        self._step: _Step | None = None
+        self._steps: dict[tuple[int, int], _Step] = {}  # by length and number of logits
 
     def prefill(self, input_ids: Ids, num_logits: int = 1) -> Logits:
         """Logits [batch, num_logits, vocab_size] of the last positions of new sequences."""
@@ -144,24 +145,35 @@ class OnnxRuntimeSession:
             self._allocate(batch_size, _room(length + 1))
         step = self._bind(batch_size, length, num_logits)
         self._length = 0
-        logits = self._run(step, input_ids)
-        self._length = length
-        return logits
+        return self._run(step, input_ids)
 
     def decode(self, input_ids: Ids) -> Logits:
         """Logits [batch, vocab_size] after one more token of each sequence."""
+        return self.append(input_ids[:, None])[:, 0]
+
+    def append(self, input_ids: Ids, num_logits: int = 1) -> Logits:
+        """Logits [batch, num_logits, vocab_size] of the last of some more tokens, [batch, length].
+
+        More than one token at a time is for one sequence alone: GroupQueryAttention of ONNX Runtime 1.31 asks for it.
+        """
         batch_size = len(self._buffers[0]) if self._buffers and self._length else 0
-        check_step(input_ids, batch_size=batch_size, length=self._length, max_length=self.max_length)
-        if self._length == self._buffers[0].shape[2]:
+        end = self._length + input_ids.shape[1]
+        check_step(input_ids[:, -1], batch_size=batch_size, length=end - 1, max_length=self.max_length)
+        if end > self._buffers[0].shape[2]:
             full = self._buffers
-            self._allocate(batch_size, min(2 * self._length, self.max_length))
+            self._allocate(batch_size, min(max(2 * self._length, _room(end)), self.max_length))
             for buffer, old in zip(self._buffers, full, strict=True):
-                buffer[:, :, : self._length] = old
-        if self._step is None:
-            self._step = self._bind(batch_size, 1, 1)
-        logits = self._run(self._step, input_ids[:, None])
-        self._length += 1
-        return logits[:, 0]
+                buffer[:, :, : self._length] = old[:, :, : self._length]
+        shape = input_ids.shape[1], num_logits
+        step = self._steps.get(shape) or self._bind(batch_size, *shape)
+        if input_ids.shape[1] <= MOST_KEPT:
+            self._steps[shape] = step
+        return self._run(step, input_ids)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each sequence."""
+        assert 0 < length <= self._length
+        self._length = length
 
     def end_profile(self) -> Path:
         """The file of operators and their times, Chrome's trace format; of a session that was loaded with `profile`."""
@@ -169,13 +181,13 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Frees weights and cache."""
-        self._buffers, self._step = [], None
+        self._buffers, self._steps = [], {}
         self._session = None
 
     def _allocate(self, batch_size: int, room: int) -> None:
         shape = (batch_size, self._num_kv_heads, min(room, self.max_length), self._head_dim)
         self._buffers = [np.zeros(shape, dtype=self._cache_dtype) for _ in self._caches]
-        self._step = None
+        self._steps = {}
 
     def _bind(self, batch_size: int, length: int, num_logits: int) -> "_Step":
         """A call of the graph with every input and output in memory that stays where it is."""
@@ -203,6 +215,7 @@ class OnnxRuntimeSession:
         mask = step.mask[: batch_size * total].reshape(batch_size, total)
         step.binding.bind_ortvalue_input("attention_mask", self._onnxruntime.OrtValue.ortvalue_from_numpy(mask))
         self._session.run_with_iobinding(step.binding)
+        self._length = total
         return step.logits.copy()
 
 

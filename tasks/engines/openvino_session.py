@@ -135,8 +135,22 @@ class OpenVinoSession:
 
     def decode(self, input_ids: Ids) -> Logits:
         """Appends one token to each sequence: [batch] int64 -> [batch, vocab_size] float32."""
-        check_step(input_ids, batch_size=self._batch_size, length=self._length, max_length=self._max_length)
-        return self._append(input_ids[:, None], 1)[:, 0]
+        return self.append(input_ids[:, None])[:, 0]
+
+    def append(self, input_ids: Ids, num_logits: int = 1) -> Logits:
+        """Logits [batch, num_logits, vocab_size] of the last of some more tokens, [batch, length], of each sequence."""
+        last = self._length + input_ids.shape[1] - 1
+        check_step(input_ids[:, -1], batch_size=self._batch_size, length=last, max_length=self._max_length)
+        return self._append(input_ids, num_logits)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each sequence, with paged attention.
+
+        What is forgotten leaves a trace in a rounded KV cache: keys of a block share scales.
+        """
+        assert isinstance(self._attention, _Paged)
+        assert 0 < length <= self._length
+        self._length = length
 
     def profile(self) -> list[tuple[str, str, float]]:
         """(kind, implementation, microseconds) of every operator of the last call that ran."""

@@ -122,8 +122,9 @@ def main(
     Args:
         packages: whose versions are recorded; those that make up the runtime.
         contenders: options by the contender's name; `tool` and `kind` (float32, bfloat16, int8 or int4) are read by the
-            runner, and `bundle_of`, the name of a contender whose files this one serves instead of its own, and
-            `float_embedding`, whether the files hold a float32 embedding beside the LM head.
+            runner, and `bundle_of`, the name of a contender whose files this one serves instead of its own,
+            `float_embedding`, whether the files hold a float32 embedding beside the LM head, and `student`, whether it
+            is made of the student's checkpoint instead of the model's.
         make: writes a contender's files into `Making.out`.
         load: a contender from its options, the directory of its files, and a number of threads.
     """

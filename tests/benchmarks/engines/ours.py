@@ -43,6 +43,10 @@ CONTENDERS |= {  # float operations in bfloat16, as OpenVINO does by itself on p
     }
     for weights in ("float32", "int8", "int4-full-g64")
 }
+CONTENDERS |= {  # made of a smaller student, which the runner is given
+    f"{name}-student": {**CONTENDERS[name], "student": True}
+    for name in (f"slimline-{engine}-{weights}" for engine in ("onnxruntime", "openvino") for weights in METHODS)
+}
 ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
 
 

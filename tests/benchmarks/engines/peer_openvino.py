@@ -44,6 +44,11 @@ CONTENDERS: dict[str, Options] = {
     for weights, kind in (("int8", "int8"), ("int4-full-g64", "int4"))
     for name, properties in (("default", {}), ("f32", F32))
 }
+CONTENDERS |= {
+    name.replace("-in-", "-student-in-"): {**options, "bundle_of": f"{options['bundle_of']}-student", "student": True}
+    for name, options in CONTENDERS.items()
+    if "bundle_of" in options
+}
 """OpenVINO GenAI's own models, and Slimline's bundles in the same pipeline."""
 
 

@@ -4,6 +4,7 @@
     make bench-engines ARGS="--tools slimline openvino"     # some tools
     make bench-engines ARGS="--only '*int4*'"               # contenders by name
     make bench-engines ARGS="--blocks 1 --rounds 1 --prompt-tokens 16 --new-tokens 8 --out DIR"    # a trial
+    make bench-engines ARGS="--student CHECKPOINT"          # a smaller student of the model beside it, as contenders
 
 Results are in .slimline/bench-engines: results.md, results.json, results.svg. Everything that was made or measured is
 kept, and a run goes on where it was ended: with the models that are missing, then with whole blocks until each
@@ -119,7 +120,7 @@ def _filled(folder: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def find_contenders(arguments: argparse.Namespace, environ: dict[str, str], failed: list[str]) -> list[Contender]:
-    """All contenders asked for, and the control if the one it repeats is among them."""
+    """All contenders asked for, those of a student if there is one, and the control if it repeats one of them."""
     found: list[Contender] = []
     for tool in arguments.tools:
         script = HERE / SCRIPTS[tool]
@@ -133,6 +134,8 @@ def find_contenders(arguments: argparse.Namespace, environ: dict[str, str], fail
             failed.append(f"the environment of {tool}")
             continue
         for name, options in json.loads(listed.splitlines()[-1]).items():
+            if options.get("student") and not arguments.student:
+                continue
             bundle = arguments.out / "bundles" / options.get("bundle_of", name)
             made = Contender(name, options["tool"], options["kind"], options, python, script, bundle, environ)
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only):
@@ -145,8 +148,8 @@ def find_contenders(arguments: argparse.Namespace, environ: dict[str, str], fail
     return found
 
 
-def make(contender: Contender, arguments: argparse.Namespace, given: list[str | Path]) -> None:
-    """Writes the contender's files, unless they are there or another contender's.
+def make(contender: Contender, checkpoint: Path, arguments: argparse.Namespace, given: list[str | Path]) -> None:
+    """Writes the contender's files, made from `checkpoint` or the student's, unless they are there or another's.
 
     Raises:
         CalledProcessError: its script failed; the log says how.
@@ -156,8 +159,12 @@ def make(contender: Contender, arguments: argparse.Namespace, given: list[str | 
 
     def fill(partial: Path) -> None:
         work = arguments.out / "work" / contender.script.stem
+        source = checkpoint
+        if contender.options.get("student"):
+            work, source = work / "student", arguments.student
         work.mkdir(parents=True, exist_ok=True)
         command = [contender.python, contender.script, "make", contender.name, "--bundle", partial, "--work", work]
+        command += ["--checkpoint", source]
         with (arguments.out / "logs" / f"{contender.name}.make.log").open("w") as log:
             subprocess.run([*command, *given], check=True, stdout=log, stderr=log, env=contender.environ)
 
@@ -400,6 +407,8 @@ def keep_settings(arguments: argparse.Namespace) -> None:
     """
     names = ("prompt_tokens", "new_tokens", "batch_sizes", "rounds", "threads", "windows")
     settings = {name: getattr(arguments, name) for name in names} | {"checkpoint": str(arguments.checkpoint)}
+    if arguments.student:
+        settings["student"] = str(arguments.student)
     file = arguments.out / "settings.json"
     if file.exists() and (arguments.out / "blocks.jsonl").exists() and json.loads(file.read_text()) != settings:
         sys.exit(f"{arguments.out} holds measurements with {file.read_text()}; choose another --out.")
@@ -412,6 +421,9 @@ def main() -> None:
         "--checkpoint", type=Path, help="Float checkpoint; left out: SmolLM2-135M as its package has it."
     )
     parser.add_argument("--gguf", type=Path, help="The same model as GGUF, for llama.cpp.")
+    parser.add_argument(
+        "--student", type=Path, help="Float checkpoint with the same tokenizer; Slimline's contenders get one of it."
+    )
     parser.add_argument("--data", type=Path, help="Prepared data of the tokenizer; left out: Python's documentation.")
     parser.add_argument("--out", type=Path, default=ROOT / ".slimline" / "bench-engines")
     parser.add_argument("--peers", type=Path, default=ROOT / ".slimline" / "peers" / "engines", help="Environments.")
@@ -438,13 +450,13 @@ def main() -> None:
     environ |= {f"{library}_NUM_THREADS": str(arguments.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     environ["HOME"] = str(home_without_telemetry(arguments.out))
     failed: list[str] = []
-    given: list[str | Path] = ["--checkpoint", checkpoint, "--data", data, "--threads", str(arguments.threads)]
+    given: list[str | Path] = ["--data", data, "--threads", str(arguments.threads)]
     if gguf:
         given += ["--gguf", gguf]
     contenders = []
     for contender in find_contenders(arguments, os.environ | environ, failed):
         try:
-            make(contender, arguments, given)
+            make(contender, checkpoint, arguments, given)
             contenders.append(contender)
         except subprocess.CalledProcessError:
             failed.append(contender.name)
@@ -458,7 +470,7 @@ def main() -> None:
             "machine": machine(arguments.threads),
             "settings": json.loads((arguments.out / "settings.json").read_text()),
         }
-        report(run.records(), contenders, checkpoint, about, arguments.out)
+        report(run.records(), contenders, checkpoint, arguments.student, about, arguments.out)
     picture = [sys.executable, HERE / "plot.py", arguments.out / "results.json", arguments.out / "results.svg"]
     if not arguments.make_only:
         subprocess.run(picture, check=True)

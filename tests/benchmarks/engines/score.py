@@ -51,7 +51,12 @@ class Timings:
 
 
 def report(
-    records: Sequence[Record], contenders: Sequence[Contender], checkpoint: Path, about: Record, out: Path
+    records: Sequence[Record],
+    contenders: Sequence[Contender],
+    checkpoint: Path,
+    student: Path | None,
+    about: Record,
+    out: Path,
 ) -> None:
     """Writes results.json and results.md."""
     settings = about["settings"]
@@ -60,7 +65,7 @@ def report(
         if record.get("contender") in by_name:
             by_name[record["contender"]].append(record)
     limits = limits_of([record for record in records if record["record"] == "machine"])
-    num_weights = count_weights(checkpoint)
+    num_weights = {False: count_weights(checkpoint), True: count_weights(student) if student else (0, 0)}
     timings = {name: _timings(found, settings) for name, found in by_name.items()}
     rows = [
         _row(
@@ -68,7 +73,7 @@ def report(
             by_name[contender.name],
             timings[contender.name],
             limits,
-            num_weights,
+            num_weights[contender.options.get("student", False)],
             settings["prompt_tokens"],
         )
         for contender in contenders
@@ -177,7 +182,7 @@ def _same_tokens(row: Record, rows: Sequence[Record]) -> int | None:
 def _versus(row: Record, rows: Sequence[Record], timings: Mapping[str, Mapping[int, Timings]]) -> list[Record]:
     """Of a contender of Slimline's: each metric by that of the best peer with weights of the same kind.
 
-    A control is compared with the contender that it repeats.
+    A control is compared with the contender that it repeats, a student with the best peer of all.
     """
     if row["tool"] != OURS or "batch_sizes" not in row:
         return []
@@ -188,7 +193,9 @@ def _versus(row: Record, rows: Sequence[Record], timings: Mapping[str, Mapping[i
             if control_of:
                 rivals = [other for other in rows if other["name"] == control_of]
             else:
-                rivals = [other for other in rows if other["tool"] != OURS and other["kind"] == row["kind"]]
+                rivals = [other for other in rows if other["tool"] != OURS]
+                if not row["options"].get("student"):
+                    rivals = [other for other in rivals if other["kind"] == row["kind"]]
             rivals = [other for other in rivals if size in other.get("batch_sizes", {})]
             if not rivals:
                 continue
@@ -250,7 +257,7 @@ def _versus_table(rows: Sequence[Record]) -> str:
     found = [(row["name"], versus) for row in rows for versus in row["versus"]]
     if not found:
         return ""
-    columns = ["Slimline's", "batch", "metric", "by the best peer's with weights of the same kind", "peer"]
+    columns = ["Slimline's", "batch", "metric", "by the best peer's (of a student: of any kind)", "peer"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for name, versus in found:
         ratio = _estimate(versus["ratio"], digits=3)

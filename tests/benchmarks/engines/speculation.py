@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from tasks.engines.compiling import load_generator
-from tasks.engines.runtimes import Lookup
+from tasks.engines.proposals import Lookup
 from tasks.engines.text import Sampling, TextGenerator
 
 

@@ -15,7 +15,7 @@ from tasks.engines.compiling import compile_engine, load_bundle, load_generator,
 from tasks.engines.exported import load_exported
 from tasks.engines.exported_bundle import compile_for
 from tasks.engines.exported_graph import missing
-from tasks.engines.runtimes import Lookup
+from tasks.engines.proposals import Lookup
 from tasks.engines.text import Sampling
 
 ENGINES: dict[str, Engine] = {

@@ -22,7 +22,7 @@ from transformers import (
 
 from tasks.engines import onnxruntime_graph
 from tasks.engines.decoder import Decoder, Layer, Weight, read_decoder
-from tasks.engines.onnxruntime import OnnxRuntime, OnnxRuntimeSession, session_options
+from tasks.engines.onnxruntime import CACHE_STEP, OnnxRuntime, OnnxRuntimeSession, session_options
 from tasks.engines.onnxruntime_graph import GRAPH_FILE, WEIGHTS_FILE
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.activations import Inputs, per_token
@@ -89,6 +89,20 @@ def test_decoding_continues_the_prompt_as_one_longer_prompt_would(start: int, se
     steps = [session.decode(input_ids[:, position]) for position in range(start, start + 6)]
 
     np.testing.assert_allclose(np.stack([first[:, 0], *steps], 1), together[:, start - 1 :], atol=FLOAT32_ERROR, rtol=0)
+
+
+def test_tokens_appended_together_and_after_others_were_forgotten_are_read_as_one_prompt(
+    session: OnnxRuntimeSession,
+) -> None:
+    """The forgotten ones outgrew the cache's room."""
+    input_ids, prompt = tokens(1, CACHE_STEP + 12), CACHE_STEP - 2
+    expected = session.prefill(input_ids, 5)
+    session.prefill(input_ids[:, :8])
+    session.append(input_ids[:, 8:prompt])
+    session.append(tokens(1, 7, seed=1), 7)
+    session.rewind(prompt)
+    session.append(input_ids[:, prompt:-5])
+    np.testing.assert_allclose(session.append(input_ids[:, -5:], 5), expected, atol=FLOAT32_ERROR, rtol=0)
 
 
 def test_a_prompt_knows_nothing_of_the_one_before(session: OnnxRuntimeSession) -> None:
@@ -440,6 +454,9 @@ def test_int8_kv_cache_is_that_of_pytorch_and_a_quarter_as_large(
     close = np.abs(np.stack([first, *steps], 1) - expected)
     assert np.median(close) < FLOAT32_ERROR
     assert close.max() < 1e-2  # a key halfway between two integers goes to either
+    session.prefill(input_ids[:1, :start])
+    together = session.append(input_ids[:1, start:], 4)
+    assert np.median(np.abs(together - expected[:1, 1:])) < FLOAT32_ERROR
     assert session.facts["kv_cache"] == "int8"
     assert {buffer.dtype for buffer in session._buffers} == {np.dtype(np.int8)}
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tasks.calibration.checkpoints import copy_tokenizer
 from tasks.engines import OpenVino, openvino_session
 from tasks.engines.openvino_session import MODEL_FILE, OpenVinoSession
-from tasks.engines.runtimes import Lookup, OpenVinoGenAi, SessionRuntime, runtime_of
+from tasks.engines.proposals import Lookup
+from tasks.engines.runtimes import OpenVinoGenAi, SessionRuntime, runtime_of
 from tasks.engines.text import Sampling
 from tests.tasks.engines import tiny_families
 from tests.tasks.engines.tiny_families import reference, tokens
@@ -77,6 +78,21 @@ def test_caches_that_grow_keep_what_they_hold(bundle: Path) -> None:
         np.testing.assert_allclose(step, expected[:, position], atol=FLOAT32_ERROR, rtol=0)
 
 
+def test_tokens_appended_together_and_after_others_were_forgotten_are_read_as_one_prompt(
+    session: OpenVinoSession,
+) -> None:
+    """The forgotten ones filled the block before and began another."""
+    input_ids = tokens(2, 2 * BLOCK)
+    expected = session.prefill(input_ids, 5)
+    prompt = BLOCK - 3
+    session.prefill(input_ids[:, :prompt])
+    session.append(tokens(2, 7, seed=1), 7)
+    session.rewind(prompt)
+    session.append(input_ids[:, prompt:-5])
+    np.testing.assert_allclose(session.append(input_ids[:, -5:], 5), expected, atol=FLOAT32_ERROR, rtol=0)
+    np.testing.assert_array_equal(session.append(input_ids[:, :3], 2).shape, (2, 2, session.vocab_size))
+
+
 def test_the_graph_as_it_lies_in_the_bundle_answers_the_same(
     bundle: Path, session: OpenVinoSession, tmp_path: Path
 ) -> None:
@@ -122,7 +138,7 @@ def test_capped_scores_are_answered_by_the_session_and_without_proposals(tmp_pat
     assert isinstance(runtime, SessionRuntime)
     assert runtime.facts["attention"] == f"stateful: {why}"
     assert greedy(runtime, tokens(1, 20)[0], 12) == greedy_tokens(checkpoint, tokens(1, 20)[0], 12)
-    with pytest.raises(ValueError, match=rf"paged attention only, and not here \(.*bundle: {why}\)"):
+    with pytest.raises(ValueError, match=rf"paged attention only; that of .*bundle is stateful: {why}"):
         runtime_of(EXACT, bundle, threads=1, lookup=Lookup())
 
 
