@@ -300,8 +300,11 @@ def _gave(result: StageResult) -> str:
     if "tables" in found:
         times = [choice["tpot_ms"] for choice in (*found["blocks"], *found["tables"])]
         return f"{min(times):.3g} to {max(times):.3g} ms per token on {found['engine']}"
-    if "subjects" in found:
+    if "num_blocks" in found:
         return f"{len(found['subjects'])} subjects in {value('num_blocks'):.0f} interleaved blocks"
+    if "subjects" in found:
+        levels = sum(len(subject["levels"]) for subject in found["subjects"].values())
+        return f"{len(found['subjects'])} subjects under {levels} levels of load"
     words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"
     if parity := found.get("parity"):
         words += f", top-1 agreement with PyTorch {parity['top1_agreement']:.2%}"

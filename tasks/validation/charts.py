@@ -339,19 +339,21 @@ def interval_bar(
 ) -> Markup:
     """The measured interval beside its limit, the bad side shaded."""
     width, height, edge = 190, 22, 8.0
+    said = f" [{'-∞' if low is None else f'{low:.4g}'}, {'∞' if high is None else f'{high:.4g}'}]"
+    tooltip = f"measured {measured:.4g}{said if (low, high) != (None, None) else ''}, limit {limit:.4g}"
+    is_open = high is None and low is not None  # as far as the picture goes
     low, high = (measured if end is None else end for end in (low, high))
     ends = [limit, low, high]
     pad = 0.25 * ((max(ends) - min(ends)) or abs(limit) or 1)
     x = Axis(min(ends) - pad, max(ends) + pad, edge, width - edge, is_log=False)
     shaded = (x(limit), width - edge) if is_max else (edge, x(limit))
-    tooltip = f"measured {measured:.4g} [{low:.4g}, {high:.4g}], limit {limit:.4g}"
     parts = [
         Markup('<rect class="bad" x="{:.1f}" y="2" width="{:.1f}" height="{}"/>').format(
             shaded[0], max(0.0, shaded[1] - shaded[0]), height - 4
         ),
         Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="1" y2="{1}"/>').format(x(limit), height - 1),
         Markup('<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="11" y2="11"/>').format(
-            verdict.lower(), x(low), max(x(high), x(low) + 0.1)
+            verdict.lower(), x(low), width - edge if is_open else max(x(high), x(low) + 0.1)
         ),
         Markup('<circle class="dot {}" cx="{:.1f}" cy="11" r="4"><title>{}</title></circle>').format(
             verdict.lower(), x(measured), tooltip

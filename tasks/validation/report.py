@@ -470,7 +470,9 @@ def _mib(num_bytes: float) -> str:
 
 
 def interval(estimate: Estimate, scale: float = 1.0) -> str:
-    """'[low, high]', or nothing for what was counted or measured once."""
+    """'[low, high]', or nothing for what was counted or measured once; '[low, ∞)' where nothing bounds it above."""
+    if estimate.low is not None and estimate.high is None:
+        return f"[{number(scale * estimate.low)}, ∞)"
     if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
         return ""
     low, high = scale * estimate.low, scale * estimate.high

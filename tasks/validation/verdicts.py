@@ -265,9 +265,10 @@ def _check(
         sentence = f"{_capital(metric)}: {too_few}"
         return Check(measured=value, low=low, high=high, verdict="INCONCLUSIVE", sentence=sentence, **told)
     verdict: Literal["ACCEPT", "REJECT", "INCONCLUSIVE"] = "INCONCLUSIVE"
-    if low is not None and high is not None:
-        good, bad = (high <= limit, low > limit) if bound == "max" else (low >= limit, high < limit)
-        verdict = "ACCEPT" if good else "REJECT" if bad else "INCONCLUSIVE"
+    above = low is not None and (low > limit if bound == "max" else low >= limit)
+    below = high is not None and (high <= limit if bound == "max" else high < limit)
+    if above or below:  # an interval that is open at its other end says as much
+        verdict = "ACCEPT" if above == (bound == "min") else "REJECT"
     interval = "" if low == high and low is not None else _interval(estimate, confidence)
     interval += ", widened because the machine was noisy" if noisy and interval else ""
     needed = num_needed(estimate, limit) if verdict == "INCONCLUSIVE" else None
@@ -296,9 +297,11 @@ def _more(estimate: Estimate, needed: int | None) -> str:
 
 
 def _interval(estimate: Estimate, confidence: float = CONFIDENCE) -> str:
-    if estimate.low is None or estimate.high is None:
+    if estimate.low is None and estimate.high is None:
         return "interval unknown"
-    return f"{100 * confidence:.3g} % [{estimate.low:.4g}, {estimate.high:.4g}]"
+    low = "(-∞" if estimate.low is None else f"[{estimate.low:.4g}"
+    high = "∞)" if estimate.high is None else f"{estimate.high:.4g}]"
+    return f"{100 * confidence:.3g} % {low}, {high}"
 
 
 def _suffix(unit: str) -> str:

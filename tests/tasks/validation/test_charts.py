@@ -103,6 +103,12 @@ def test_interval_bar_shades_the_bad_side():
     xml.dom.minidom.parseString(interval_bar(limit=1, measured=1, low=None, high=None, is_max=False, verdict="REJECT"))
 
 
+def test_interval_bar_goes_to_the_edge_where_nothing_bounds_it():
+    bar = interval_bar(limit=1.0, measured=4.0, low=2.0, high=None, is_max=False, verdict="ACCEPT")
+    assert re.search(r'class="whisker accept" x1="[\d.]+" x2="182.0"', bar)
+    assert "measured 4 [2, ∞], limit 1" in bar
+
+
 def test_a_sixth_engine_has_the_mark_of_the_first():
     assert mark(5) == mark(0)
     assert len({mark(series) for series in range(5)}) == 5

@@ -3,7 +3,8 @@ import pytest
 from tasks.validation.latency import Control, Speed, SpeedSummary, SubjectSpeed, Throughput
 from tasks.validation.latency import measured as measured_speed
 from tasks.validation.limits import Limits
-from tasks.validation.measured import PERCENTILES
+from tasks.validation.load import Load
+from tasks.validation.measured import PERCENTILES, Measured
 from tasks.validation.metrics import SIZE_METRICS, by_name, measured_size
 from tasks.validation.quality import Quality, QualitySummary
 from tasks.validation.quality import measured as measured_quality
@@ -107,6 +108,15 @@ def test_only_a_whole_interval_on_one_side_decides(low, high, verdict):
 @pytest.mark.parametrize(("minimum", "verdict"), [(0.96, "ACCEPT"), (0.97, "INCONCLUSIVE"), (0.98, "REJECT")])
 def test_lower_bounds_are_judged_the_other_way_round(minimum, verdict):
     assert verdict_on({"top1_agreement": {"min": minimum}}, quality=quality()).verdict == verdict
+
+
+@pytest.mark.parametrize(("minimum", "verdict"), [(2.0, "ACCEPT"), (2.1, "INCONCLUSIVE")])
+def test_an_interval_that_is_open_above_proves_what_its_lower_end_does(minimum, verdict):
+    goodput = {"goodput_requests_per_s": Measured(value=Estimate(value=4.0, low=2.0, high=None))}
+    limits = Limits.model_validate({"goodput_requests_per_s": {"min": minimum}})
+    (check,) = judge(limits, goodput, by_name(Load(within={"ttft_ms": 1}).metrics())).checks
+    assert check.verdict == verdict
+    assert "(95 % [2, ∞))" in check.sentence
 
 
 def test_one_broken_limit_rejects_whatever_else_is_kept_or_open():
