@@ -1,4 +1,4 @@
-"""One bundle against another, through the command line; and a candidate that was made slower on purpose."""
+"""One bundle against another, through the command line; and a candidate that its fake quantization makes slower."""
 
 import hashlib
 import json
@@ -27,8 +27,6 @@ DATA = {
     "num_calibration_sequences": 4,
     "num_evaluation_windows": 8,
 }
-DELAY = 200
-"""How often zero is added to each restored weight: so slow that no noise hides it."""
 
 
 def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -43,16 +41,36 @@ def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory) -> Path:
+def wide_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny model with fewer and wider layers, so that weights take most of a token's time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 128}
+    out = tmp_path_factory.mktemp("wide")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_checkpoint, **sizes)).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_checkpoint / name, out / name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(wide_checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "float"
     out.mkdir()
-    compile_engine(checkpoint=tiny_checkpoint, data=None, engine=OnnxRuntime(precision="float32"), threads=1, out=out)
+    compile_engine(checkpoint=wide_checkpoint, data=None, engine=OnnxRuntime(precision="float32"), threads=1, out=out)
     return out
 
 
 @pytest.fixture(scope="module")
 def fake_quantized(bundle) -> Path:
-    """The same bundle with every weight rounded and restored in the graph for every token, slowly, and used afloats."""
+    """The same bundle as training with fake quantization is often exported: rounded weights that nothing fuses.
+
+    Weights lie [in, out] with a scale per output, as torch exports x @ W. ONNX Runtime rounds them once, when it loads
+    the graph, and turns them back into floats for every token; along the last axis it does so number by number, which
+    took 9 times as long as all of a token in floats (ONNX Runtime 1.31, one thread of an x86-64 server).
+    """
     import onnx
     from onnx import helper, numpy_helper
 
@@ -60,24 +78,18 @@ def fake_quantized(bundle) -> Path:
     shutil.copytree(bundle, out)
     model = onnx.load(out / "model.onnx")
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), "nothing"))
-    nodes = [  # a zero that is known only when the graph runs
-        helper.make_node("Mul", ["num_logits", "nothing"], ["zero.int64"], name="zero.int64"),
-        helper.make_node("Cast", ["zero.int64"], ["zero"], name="zero", to=1),
-    ]
+    nodes = []
     for node in [node for node in model.graph.node if node.op_type == "FusedMatMul"]:
-        name = node.input[1]
-        grid = [f"{name}.scale", f"{name}.zero_point"]
-        scale = np.float32(np.abs(numpy_helper.to_array(weights[name])).max() / 127)
-        for value, grid_name in zip((scale, np.int8(0)), grid, strict=True):
-            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), grid_name))
-        rounded, restored = f"{name}.rounded", f"{name}.restored"
-        nodes.append(helper.make_node("QuantizeLinear", [name, *grid], [rounded], name=rounded))
-        nodes.append(helper.make_node("DequantizeLinear", [rounded, *grid], [restored], name=restored))
-        for step in range(DELAY):
-            nodes.append(helper.make_node("Add", [restored, "zero"], [f"{name}.{step}"], name=f"{name}.{step}"))
-            restored = f"{name}.{step}"
+        weight = numpy_helper.to_array(weights[node.input[1]]).T
+        names = [f"{node.input[1]}.{part}" for part in ("transposed", "scale", "zero_point")]
+        scale = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+        for name, value in zip(names, (weight, scale, np.zeros(scale.shape, np.int8)), strict=True):
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        rounded, restored = f"{names[0]}.rounded", f"{names[0]}.restored"
+        nodes.append(helper.make_node("QuantizeLinear", names, [rounded], name=rounded, axis=1))
+        nodes.append(helper.make_node("DequantizeLinear", [rounded, *names[1:]], [restored], name=restored, axis=1))
         node.input[1] = restored
+        del node.attribute[:]  # transB
     nodes += model.graph.node
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -117,10 +129,11 @@ def test_fake_quantized_weights_are_rejected_with_the_right_diagnosis(rejected):
     assert rejected.returncode == 3, rejected.stderr
     (row,) = figures(rejected.stdout)["rows"]
     assert row["judgement"]["verdict"] == "REJECT"
-    assert "of at least 1×" in row["judgement"]["sentence"]
+    (check,) = row["judgement"]["checks"]
+    assert check["figure"] == "speedup_over_original.batch_1"
     findings = row["diagnosis"]["findings"]
     assert findings[0]["kind"] == "restored weights"
-    assert "17 operators (DequantizeLinear)" in findings[0]["sentence"]
+    assert "9 operators (DequantizeLinear)" in findings[0]["sentence"]
     page = Path(re.search(r"report\s+(/\S+\.html)", rejected.stdout)[1]).read_text()
     assert "turned back into floats for every token" in page
 
@@ -166,7 +179,7 @@ def test_options_change_the_recipes_data_and_validation(bundle):
 @pytest.fixture(scope="module")
 def accepted(rejected, bundle, fake_quantized, home) -> subprocess.CompletedProcess[str]:
     """Another limit; all that was measured comes from the cache."""
-    arguments = ["--recipe", str(home / "recipe.yaml"), "--limit", "perplexity.max_degradation_percent=400"]
+    arguments = ["--recipe", str(home / "recipe.yaml"), "--limit", "perplexity.max_degradation_percent=5"]
     return slimline("validate", str(fake_quantized), "--against", str(bundle), *arguments, home=home)
 
 
