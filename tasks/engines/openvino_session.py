@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.calibration.memory import dropping_pages
 from tasks.engines.generation import Ids, Logits, check_prompt, check_step
 
 MODEL_FILE = "openvino_model.xml"  # the name OpenVINO GenAI looks for; the weights lie beside it in the .bin
+WEIGHTS_FILE = "openvino_model.bin"
 _FACTS = (
     "INFERENCE_PRECISION_HINT",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE",
@@ -33,7 +35,8 @@ def open_session(bundle: Path, properties: dict[str, Any]) -> "OpenVinoSession":
     model, why_stateful = read_model(bundle)
     max_length = int(model.get_rt_info(["slimline", "max_length"]).astype(int))
     _see_wanted_only(model, paged=why_stateful is None)
-    compiled = openvino.Core().compile_model(model, "CPU", properties)
+    with dropping_pages(bundle / WEIGHTS_FILE):  # the plugin keeps copies of them in the order of its kernels
+        compiled = openvino.Core().compile_model(model, "CPU", properties)
     facts = {name.lower(): describe_property(compiled.get_property(name)) for name in _FACTS}
     attention: _Attention = _Paged(compiled) if why_stateful is None else _Stateful(compiled)
     return OpenVinoSession(

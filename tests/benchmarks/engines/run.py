@@ -410,9 +410,10 @@ def keep_settings(arguments: argparse.Namespace) -> None:
     if arguments.student:
         settings["student"] = str(arguments.student)
     file = arguments.out / "settings.json"
-    if file.exists() and (arguments.out / "blocks.jsonl").exists() and json.loads(file.read_text()) != settings:
+    known = json.loads(file.read_text()) if file.exists() and (arguments.out / "blocks.jsonl").exists() else {}
+    if any(known.get(name, value) != value for name, value in settings.items()):  # a student may join later
         sys.exit(f"{arguments.out} holds measurements with {file.read_text()}; choose another --out.")
-    file.write_text(json.dumps(settings) + "\n")
+    file.write_text(json.dumps(known | settings) + "\n")
 
 
 def main() -> None:

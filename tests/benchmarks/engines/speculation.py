@@ -2,9 +2,12 @@
 
     .venv/bin/python -m tests.benchmarks.engines.speculation BUNDLE [--draft BUNDLE] [--threads 2] [--rounds 5]
 
-Two kinds of prompts of the standard library's text: `repeats` asks for a function that the prompt holds already, so
-that most of the answer can be looked up; `prose` goes on from text. Answers must be the same; the table gives ratios of
-the whole answer's time, plain over sped up, median over rounds and prompts.
+Three kinds of texts out of the standard library's: `repeats` asks for a function that the prompt holds already, so that
+most of the answer can be looked up; `prose` goes on from text, always with the likeliest token, which ends in circles
+with small models; `sampled` goes on from the same at temperature 1, where hardly anything repeats. Every round has new
+prompts, so that nothing is kept from the round before. The table gives ratios of the whole answer's time per
+token, plain over sped up, medians over rounds and prompts with 95 % intervals. OpenVINO GenAI, which answers without
+proposals, samples by other random numbers than the session that checks them; the sampled texts are then not the same.
 """
 
 import argparse
@@ -14,27 +17,30 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tasks.engines.compiling import load_generator
 from tasks.engines.proposals import Lookup
-from tasks.engines.text import Sampling, TextGenerator
+from tasks.engines.text import Sampling
+from tasks.validation.statistics import median
+
+FUNCTIONS = (textwrap.shorten, textwrap.fill, textwrap.indent, statistics.median_low, statistics.fmean)
+MODULES = (argparse, inspect, statistics, textwrap, time)
 
 
-def prompts(generator: TextGenerator) -> dict[str, list[list[int]]]:
-    """Token ids of each prompt, by kind."""
-    repeats = [
-        f"{inspect.getsource(function)}\n# The same function once more, unchanged:\n{_first_line(function)}"
-        for function in (textwrap.shorten, textwrap.fill, textwrap.indent, statistics.median_low, statistics.fmean)
-    ]
-    prose = [str(inspect.getdoc(module)).split("\n\n")[0] for module in (argparse, inspect, statistics, textwrap, time)]
-    return {
-        "repeats": [generator.encode(text) for text in repeats],
-        "prose": [generator.encode(text) for text in prose],
-    }
+def prompts(kind: str, number: int) -> list[str]:
+    """The texts of one round."""
+    begin = f"# Number {number}\n"
+    if kind == "repeats":
+        sources = [inspect.getsource(function) for function in FUNCTIONS]
+        return [f"{begin}{text}\n# The same function once more, unchanged:\n{_first_line(text)}" for text in sources]
+    return [begin + str(inspect.getdoc(module)).split("\n\n")[0] for module in MODULES]
 
 
-def _first_line(function: object) -> str:
-    return inspect.getsource(function).splitlines()[0]  # type: ignore[arg-type]
+def _first_line(text: str) -> str:
+    return text.splitlines()[0]
 
 
 def main() -> None:
@@ -45,33 +51,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=96)
     arguments = parser.parse_args()
-    loaded = {"plain": load_generator(arguments.bundle, threads=arguments.threads)}
-    loaded["lookup"] = load_generator(arguments.bundle, threads=arguments.threads, lookup=Lookup())
+    options: dict[str, dict[str, Any]] = {"plain": {}, "lookup": {"lookup": Lookup()}}
     if arguments.draft:
-        loaded["draft"] = load_generator(arguments.bundle, threads=arguments.threads, draft=arguments.draft)
-    sampling = Sampling(max_new_tokens=arguments.new_tokens)
-    lines = ["| text | proposals | time, plain / sped up | tokens per pass | same answers |", "|---|---|---|---|---|"]
-    for kind, texts in prompts(loaded["plain"]).items():
-        seconds: dict[str, list[float]] = {name: [] for name in loaded}
+        options["draft"] = {"draft": arguments.draft}
+    loaded = {
+        name: load_generator(arguments.bundle, threads=arguments.threads, **chosen) for name, chosen in options.items()
+    }
+    columns = "text | proposals | time, plain / sped up | tokens per pass | accepted of proposed | same answers"
+    lines = [f"| {columns} |", "|---|---|---|---|---|---|"]
+    for kind in ("repeats", "prose", "sampled"):
+        token_s: dict[str, list[float]] = {name: [] for name in loaded}
         tokens: dict[str, list[tuple[int, ...]]] = {name: [] for name in loaded}
-        passes = dict.fromkeys(loaded, 0)
+        passes, accepted, proposed = (dict.fromkeys(loaded, 0) for _ in range(3))
         for number in range(arguments.rounds + 1):
-            for text in texts:
+            sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=float(kind == "sampled"), seed=number)
+            for text in prompts(kind, number):
                 for name, generator in loaded.items():
                     started_at = time.perf_counter()
-                    (answer,), work = generator.answer([text], sampling)
+                    (answer,), work = generator.answer([generator.encode(text)], sampling)
                     if number:  # the first round warms up
-                        seconds[name].append(time.perf_counter() - started_at)
+                        token_s[name].append((time.perf_counter() - started_at) / len(answer.tokens))
                         tokens[name].append(answer.tokens)
                         passes[name] += work.num_steps + 1
+                        accepted[name] += work.num_accepted or 0
+                        proposed[name] += work.num_proposed or 0
         for name in loaded:
             if name != "plain":
-                ratios = [plain / fast for plain, fast in zip(seconds["plain"], seconds[name], strict=True)]
+                ratios = np.array(token_s["plain"]) / np.array(token_s[name])
+                found = median(ratios[:, None], seed=0)
                 written = sum(len(each) for each in tokens[name])
                 same = sum(a == b for a, b in zip(tokens["plain"], tokens[name], strict=True))
                 lines.append(
-                    f"| {kind} | {name} | {statistics.median(ratios):.2f} | {written / passes[name]:.2f} | "
-                    f"{same} of {len(ratios)} |"
+                    f"| {kind} | {name} | {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | "
+                    f"{written / passes[name]:.2f} | {accepted[name]} of {proposed[name]} | {same} of {len(ratios)} |"
                 )
     sys.stdout.write("\n".join(lines) + "\n")
 
