@@ -48,10 +48,13 @@ def main() -> None:
 @contextmanager
 def _told() -> Iterator[None]:
     """Turns the errors that a user can act on into one message and an exit code."""
+    from infra.failures import explain
     from infra.isolation import StageCrashed, StageFailed
 
     try:
         yield
+    except typer.Exit:
+        raise
     except (StageFailed, ValueError, FileNotFoundError) as error:
         _fail(str(error), Exit.BAD_INPUT)
     except StageCrashed as error:
@@ -59,7 +62,11 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted.[/] Finished stages are kept; the same command goes on from there.")
         raise typer.Exit(Exit.INTERRUPTED) from None
-    except OSError as error:
+    except Exception as error:
+        if said := explain(error, settings().home):
+            _fail(said, Exit.FAILED)
+        if not isinstance(error, OSError):
+            raise
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), Exit.FAILED)
 
 

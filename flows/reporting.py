@@ -121,9 +121,12 @@ def write_page(data: ReportData, name: str) -> Path:
     """The page, written under the home; its figures lie beside it as JSON."""
     directory = settings().home / "reports"
     directory.mkdir(parents=True, exist_ok=True)
-    page = render(data, directory / f"{name}.html")
-    page.with_suffix(".json").write_text(data.model_dump_json(indent=1))
-    return page
+    with TemporaryDirectory(dir=directory, prefix=".") as folder:  # both appear when they are whole
+        page = render(data, Path(folder) / f"{name}.html")
+        page.with_suffix(".json").write_text(data.model_dump_json(indent=1))
+        for file in (page.with_suffix(".json"), page):
+            file.replace(directory / file.name)
+    return directory / page.name
 
 
 def publish_artifacts(outcome: Outcome, parent: Parent) -> None:

@@ -10,7 +10,9 @@ from rich.markup import escape
 
 from infra.artifacts import exists
 from infra.console import console
+from infra.failures import InfrastructureError, explain
 from infra.isolation import StageError
+from infra.settings import settings
 from infra.tracking import Parent, StageResult
 
 
@@ -36,15 +38,20 @@ class Runner:
 
         Raises:
             StageError: it failed or crashed; said on the terminal already.
+            InfrastructureError: the disk or a server failed, so that going on makes no sense.
         """
         title = f"{label} {task.name}".strip()
         started_at = time.monotonic()
-        state = task(**arguments, parent=self.parent, label=label, return_state=True)
-        cached = state.name == "Cached"
         try:
+            state = task(**arguments, parent=self.parent, label=label, return_state=True)
+            cached = state.name == "Cached"
             result: StageResult = state.result()
         except StageError as error:
             console.print(f"  [red]failed[/] {title}: {escape(str(error))}", soft_wrap=True)
+            raise
+        except Exception as error:
+            if said := explain(error, settings().home):
+                raise InfrastructureError(f"{title} could not be finished. {said}") from error
             raise
         if not exists(result.artifact):
             console.print(f"  {title}: the files of the earlier result are gone; running the stage again")

@@ -86,20 +86,20 @@ def publish(directory: Path) -> Artifact:
         shutil.rmtree(directory)
         return artifact
     staged = new_directory()
-    directory.rename(staged / "files")
-    (staged / "manifest.json").write_bytes(manifest)
-    for file in (staged / "files").rglob("*"):
-        if file.is_file():
-            file.chmod(0o444)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():  # an earlier copy lost files; verify() or exists() found out
-        shutil.rmtree(place)
     try:
+        directory.rename(staged / "files")
+        (staged / "manifest.json").write_bytes(manifest)
+        for file in (staged / "files").rglob("*"):
+            if file.is_file():
+                file.chmod(0o444)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():  # an earlier copy lost files; verify() or exists() found out
+            shutil.rmtree(place)
         staged.rename(place)
     except OSError:
-        if not exists(artifact):  # somebody else published the same contents a moment ago, or the disk is broken
+        shutil.rmtree(staged, ignore_errors=True)
+        if not exists(artifact):  # somebody else published the same contents a moment ago, or the disk is full
             raise
-        shutil.rmtree(staged)
     logger.info("published %s, %.1f MiB", sha256[:12], size_bytes / 2**20)
     return artifact
 

@@ -6,7 +6,6 @@ nothing with them: a fork after torch has used its threads hangs. A stage leads 
 with the flow's process even when that is killed, by watching a pipe that only the flow holds open.
 """
 
-import errno
 import importlib
 import inspect
 import json
@@ -24,6 +23,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, validate_call
 from pydantic_core import to_jsonable_python
+
+from infra.failures import InfrastructureError, explain, is_full
 
 Progress = Callable[[int, int, dict[str, float]], None]
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def run_isolated(
     Raises:
         StageFailed: the function raised ValueError or OSError; the message is its own.
         StageCrashed: any other exception, a native crash, or the limit; names the signal and the log.
+        InfrastructureError: the disk is full or cannot be written, however the function ended for that.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
@@ -112,9 +114,12 @@ def run_isolated(
         lifeline.close()
         messages.close()
     elapsed_s = time.monotonic() - started_at
+    near = Path(arguments.get("out", log_path.parent))
     if outcome is None:
-        _explain_death(function, child.exitcode or 0, timeout_s, elapsed_s, log_path)
+        _explain_death(function, child.exitcode or 0, timeout_s, elapsed_s, log_path, near)
     assert outcome is not None
+    if "surroundings" in outcome:
+        raise InfrastructureError(outcome["surroundings"])
     if "failed" in outcome:
         raise StageFailed(outcome["failed"])
     if "crashed" in outcome:
@@ -130,9 +135,14 @@ def _kill_group(child: Any) -> None:
         child.kill()
 
 
-def _explain_death(function: str, returncode: int, timeout_s: float | None, elapsed_s: float, log_path: Path) -> None:
+def _explain_death(
+    function: str, returncode: int, timeout_s: float | None, elapsed_s: float, log_path: Path, near: Path
+) -> None:
     if timeout_s and elapsed_s >= timeout_s:
         raise StageCrashed(f"{function} was ended after its limit of {timeout_s:.0f} s. Its log: {log_path}.")
+    if is_full(near):  # mapped memory that has no room on its disk ends a process with SIGBUS
+        error = OSError(f"{function} died, and there is no room on its disk")
+        raise InfrastructureError(explain(error, near, servers=False))
     if returncode == -signal.SIGKILL:
         raise StageCrashed(
             f"{function} was killed (SIGKILL), most likely for lack of memory. Free some, use a smaller batch or "
@@ -169,38 +179,40 @@ def peak_memory_mib() -> float:
 def _serve(function: str, request: str, answers: Connection, watched: Connection, log_path: str) -> None:
     os.setsid()
     _end_with_flow(watched)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
     lock = threading.Lock()
 
     def send(message: dict[str, Any]) -> None:
         with lock:
             answers.send_bytes(json.dumps(message).encode())
 
+    near = Path(log_path)
     try:
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
         arguments = json.loads(request)
+        near = Path(arguments.get("out", near))
         module, _, name = function.partition(":")
         call = getattr(importlib.import_module(module), name)
         if "report" in inspect.signature(call).parameters:
             arguments["report"] = lambda step, total, metrics: send({"progress": [step, total, metrics]})
         value = validate_call(call)(**arguments)
         send({"result": to_jsonable_python(value), "peak_memory_mib": peak_memory_mib()})
-    except (ValidationError, ValueError, OSError) as error:
-        traceback.print_exc()
-        send({"failed": _sentence(error)})
     except Exception as error:  # noqa: BLE001 it is raised again in the flow
+        surroundings = explain(error, near, servers=False)  # first: saying it may need the disk too
+        if surroundings:
+            send({"surroundings": surroundings})
+        elif isinstance(error, ValidationError | ValueError | OSError):
+            send({"failed": _sentence(error)})
+        else:
+            send({"crashed": f"{type(error).__name__}: {error}"})
         traceback.print_exc()
-        send({"crashed": f"{type(error).__name__}: {error}"})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" at {error.filename}" if error.filename else ""
-        return f"The disk is full{where}. Free some space and run again; finished stages are kept."
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{os.strerror(error.errno)}: {error.filename}"
     return str(error)

@@ -52,6 +52,7 @@ def run_stage(
 
     Raises:
         StageError: it failed, crashed, or took too long.
+        InfrastructureError: not the stage failed, but the disk.
     """
     out = new_directory()
     if work_dir:
@@ -65,14 +66,18 @@ def run_stage(
                 bar(step, total, metrics)
                 run.progress(step, total, metrics)
 
-            value, finished = run_isolated(
-                function,
-                {**arguments, "out": out},
-                result=result,
-                log_path=settings().home / "logs" / f"{run.run_id}.log",
-                on_progress=on_progress,
-                timeout_s=timeout_s,
-            )
+            try:
+                value, finished = run_isolated(
+                    function,
+                    {**arguments, "out": out},
+                    result=result,
+                    log_path=settings().home / "logs" / f"{run.run_id}.log",
+                    on_progress=on_progress,
+                    timeout_s=timeout_s,
+                )
+            except BaseException:
+                shutil.rmtree(out, ignore_errors=True)  # before it is recorded: that needs room on the disk too
+                raise
             _log_child(run, settings().home / "logs" / f"{run.run_id}.log")
             done = run.finish(
                 publish(out),

@@ -27,6 +27,7 @@ from pydantic_core import to_jsonable_python
 
 from infra import services
 from infra.artifacts import Artifact
+from infra.failures import silent_server
 from infra.hardware import hardware, versions
 from infra.settings import prepare_environment, settings
 
@@ -247,7 +248,11 @@ def flow_run(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Iterato
     try:
         yield parent
     except BaseException as error:
-        end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if not silent_server(error):  # asking again would take minutes
+            try:
+                end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
+            except Exception:
+                logger.warning("could not record that %s failed", name, exc_info=True)
         raise
 
 
@@ -429,6 +434,8 @@ def stage_run(
         run.flush()
     except BaseException as error:
         status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        if silent_server(error):
+            raise
         try:
             run.flush()
             _set_tags(run.run_id, {"error": f"{type(error).__name__}: {error}"})

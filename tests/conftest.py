@@ -4,7 +4,9 @@ import functools
 import inspect
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import textwrap
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -64,6 +66,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with fewer and wider layers (19 MB), so that weights take most of a token's time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 128}
+    out = tmp_path_factory.mktemp("wide")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_checkpoint, **sizes)).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_checkpoint / name, out / name)
+    return out
+
+
+@pytest.fixture(scope="session")
 def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a plain checkpoint of a family: random, of 3 layers, not tied, with the tokenizer of `tiny_checkpoint`."""
     import torch
@@ -106,6 +123,33 @@ def family_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command that finds a new file system of a size ("8m") in a directory; nobody else does.
+
+    It is a tmpfs in a mount namespace of its own, which users may make where the system lets them.
+    """
+
+    def run(where: Path, size: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        mounted = f"mount -t tmpfs -o size={size} none {shlex.quote(str(where))} && {shlex.join(command)}"
+        return subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    probe = Path(__file__).parent
+    try:
+        allowed = run(probe, "1m", "true").returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("this system lets no user mount a tmpfs in a namespace (unshare --map-root-user --mount)")
+    return run
 
 
 @pytest.fixture(scope="session")

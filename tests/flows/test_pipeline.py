@@ -6,7 +6,8 @@ import pytest
 
 from flows.pipeline import pipeline
 from flows.recipe import Recipe, parse
-from infra.isolation import StageCrashed, StageError, StageFailed
+from infra.failures import InfrastructureError
+from infra.isolation import StageCrashed, StageFailed
 
 WEIGHTS = {"bits": 8, "symmetric": True}
 
@@ -31,7 +32,7 @@ def recipe(tmp_path, validation: dict | None = None, **candidates: dict) -> Reci
 class Stages:
     """Stands for all stages; those whose title is in `failing` fail."""
 
-    def __init__(self, failing: dict[str, StageError]) -> None:
+    def __init__(self, failing: dict[str, Exception]) -> None:
         self.failing = failing
         self.timed: list[str] = []
         self.loaded: list[str] = []
@@ -49,7 +50,7 @@ class Stages:
         return SimpleNamespace(artifact=None, metrics={})
 
 
-def made(failing: dict[str, StageError], chosen: Recipe):
+def made(failing: dict[str, Exception], chosen: Recipe):
     run = Stages(failing)
     return pipeline(chosen, run), run
 
@@ -61,6 +62,18 @@ def test_an_engine_that_crashes_ends_what_it_was_for_and_nothing_else(tmp_path):
     assert "int8/onnxruntime" in run.timed
     assert "int8/openvino" not in run.timed
     assert len(run.timed) == 5
+
+
+def test_a_disk_that_is_full_is_no_verdict_but_the_end_of_the_flow(tmp_path):
+    full = InfrastructureError("The disk is full.")
+    for stage in (
+        "int8 quantize",
+        "int8/openvino compile",
+        "int8/openvino measure-quality",
+        "original/openvino compile",
+    ):
+        with pytest.raises(InfrastructureError, match="The disk is full"):
+            made({stage: full}, recipe(tmp_path))
 
 
 def test_every_engine_that_answers_is_put_under_load_when_the_recipe_asks(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from infra.failures import InfrastructureError
 from infra.isolation import StageCrashed, StageFailed, run_isolated
 
 STAGES = """
@@ -36,6 +37,20 @@ def segfault() -> None:
 
 def full() -> None:
     raise OSError(28, "No space left on device", "/data/model.safetensors")
+
+def too_large(*, out: Path) -> None:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    (out / "weights").write_bytes(bytes(10_000))
+
+def save(*, out: Path) -> None:
+    import numpy
+    from safetensors.numpy import save_file
+    save_file({"weight": numpy.ones(4_000_000, numpy.float32)}, out / "model.safetensors")
+
+def map_more_than_there_is(*, out: Path) -> None:
+    import numpy
+    numpy.memmap(out / "weights", dtype="uint8", mode="w+", shape=16_000_000)[:] = 1
 
 def hang(*, pidfile: Path) -> None:
     import subprocess
@@ -113,9 +128,29 @@ def test_a_native_crash_is_one_clear_error(tmp_path):
         call("segfault", tmp_path)
 
 
-def test_a_full_disk_says_which_file_and_what_to_do(tmp_path):
-    with pytest.raises(StageFailed, match=r"disk is full.*/data/model\.safetensors.*[Ff]ree"):
+def test_a_full_disk_says_which_file_and_what_to_do_and_is_no_failure_of_the_stage(tmp_path):
+    with pytest.raises(InfrastructureError, match=r"disk is full.*/data/model\.safetensors.*[Ff]ree"):
         call("full", tmp_path)
+
+
+def test_a_limit_on_the_size_of_files_is_no_failure_of_the_stage(tmp_path):
+    with pytest.raises(InfrastructureError, match=r"may not grow any further.*ulimit -f"):
+        call("too_large", tmp_path, arguments={"out": str(tmp_path)})
+
+
+@pytest.mark.parametrize("stage", ["save", "map_more_than_there_is"])
+def test_a_disk_that_really_is_full_is_told_from_how_the_stage_ended(tmp_path, small_disk, stage):
+    """safetensors says it in words of its own, and mapped memory ends the process with SIGBUS."""
+    (tmp_path / "on_small_disk.py").write_text(
+        "from infra.isolation import run_isolated\nfrom pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        f"    disk = Path({str(tmp_path / 'disk')!r})\n"
+        f"    run_isolated('some_stages:{stage}', {{'out': disk}}, result=type(None), log_path=disk / 'log')\n"
+    )
+    (tmp_path / "disk").mkdir()
+    run = small_disk(tmp_path / "disk", "2m", sys.executable, "-m", "on_small_disk")
+    assert "InfrastructureError: The disk is full" in run.stderr, run.stderr
+    assert f"free at {tmp_path / 'disk'}" in run.stderr
 
 
 def test_a_hanging_stage_ends_at_its_limit_with_its_children(tmp_path):

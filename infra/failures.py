@@ -1,0 +1,124 @@
+"""What a flow stands on: its disk, its servers. Their failures say nothing about a candidate, so they end the flow."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from infra.settings import settings
+
+FULL = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file may not grow any further (`ulimit -f` shows the limit)",
+}
+BROKEN = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE)
+"""Of a disk that fails or went away, and of a system whose open files are used up."""
+REFUSED = (errno.EACCES, errno.EPERM)
+"""Below the home they are our surroundings' fault; of any other file, that of what was asked for."""
+MIN_FREE_BYTES = 2**20
+"""Less than this left counts as full where a library does not say why it could not write."""
+# What libraries without Python's errors say: Rust's and SQLite's words.
+SAID = {
+    "No space left on device": errno.ENOSPC,
+    "database or disk is full": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "File too large": errno.EFBIG,
+    "attempt to write a readonly database": errno.EROFS,
+    "disk I/O error": errno.EIO,
+}
+SILENT = ("ConnectionError", "Timeout", "RetryError", "ConnectError", "ConnectTimeout", "ReadTimeout")
+SERVERS = {"requests": "The tracking server (MLflow)", "httpx": "The Prefect server", "botocore": "The object store"}
+"""Whom Slimline's own process talks to through these libraries."""
+AGAIN = "Run the same command again then: finished stages are kept."
+
+
+class InfrastructureError(Exception):
+    """The disk or a server failed; the message says which and what to do. Not a `StageError`: it ends the flow."""
+
+
+def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | None:
+    """What of the surroundings an error comes from, and what to do, in sentences; None: from something else.
+
+    Args:
+        error: with all that led to it.
+        near: where was written, for errors that name no file.
+        servers: whether the failing process talks to any.
+    """
+    for each in _chain(error):
+        if isinstance(each, InfrastructureError) or type(each) is ConnectionError:  # it says all already
+            return str(each)
+        number, file = _errno_of(each)
+        if number in FULL:
+            return _full(FULL[number], file, near)
+        if number in BROKEN or (number in REFUSED and file and file.is_relative_to(settings().home)):
+            where = f" ({file})" if file else ""
+            return (
+                f"{settings().home} cannot be used: {os.strerror(number)}{where}. Let this user write there, or set "
+                f"SLIMLINE_HOME to another directory. {AGAIN}"
+            )
+    if servers and (said := silent_server(error)):
+        return said
+    if not isinstance(error, ValueError) and is_full(near):
+        return _full(FULL[errno.ENOSPC], None, near)
+    return None
+
+
+def is_full(near: Path) -> bool:
+    """Whether nothing of use can be written any more on the disk that holds `near`, or would."""
+    return _free_bytes(near) < MIN_FREE_BYTES
+
+
+def _full(what: str, file: Path | None, near: Path) -> str:
+    home = settings().home
+    place = file.parent if file else min((near, Path(tempfile.gettempdir())), key=_free_bytes)
+    place = home if place.is_relative_to(home) else _existing(place)
+    told = f"{_free_bytes(place) / 2**20:,.1f} MiB free at {place}"
+    return (
+        f"{what}{f' at {file}' if file else ''}; there are {told}. Free some, or set SLIMLINE_HOME to a larger disk "
+        f"(`slimline check` says how much a recipe needs). {AGAIN}"
+    )
+
+
+def _free_bytes(place: Path) -> int:
+    return shutil.disk_usage(_existing(place)).free
+
+
+def _existing(place: Path) -> Path:
+    return next((path for path in (place, *place.parents) if path.exists()), Path("/"))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, the last first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def _errno_of(error: BaseException) -> tuple[int | None, Path | None]:
+    """The system's number of an error, also where a library only says it in words, and the file where one is named."""
+    if isinstance(error, OSError) and error.errno is not None:
+        named = isinstance(error.filename, str | os.PathLike)
+        return error.errno, Path(error.filename).absolute() if named else None
+    said = str(error)
+    return next((number for words, number in SAID.items() if words in said), None), None
+
+
+def silent_server(error: BaseException) -> str | None:
+    """That a server does not answer, if an error comes from that, in sentences."""
+    chain = list(_chain(error))
+    packages = {type(each).__module__.partition(".")[0] for each in chain}
+    if "huggingface_hub" in packages:  # it speaks httpx too, and says itself what is wrong
+        return None
+    for each in chain:
+        for kind in type(each).__mro__:
+            package = kind.__module__.partition(".")[0]
+            if package in SERVERS and kind.__name__ in (*SILENT, "EndpointConnectionError", "ConnectTimeoutError"):
+                address = re.search(r"https?://[^/\s'\"]+", " ".join(map(str, chain)))
+                where = f" {address[0]}" if address else ""
+                return f"{SERVERS[package]}{where} does not answer. Start it again, or check its address. {AGAIN}"
+    return None
