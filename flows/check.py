@@ -23,8 +23,13 @@ from tasks.engines import Engine, label
 from tasks.quantization import FromSource, grids_of
 from tasks.quantization.mixed import Mixed
 from tasks.quantization.token_times import pairs_to_time
+from tasks.validation.energy import Meter
+from tasks.validation.gpu_memory import GpuMemory
+from tasks.validation.latency import ENERGY, GPU_MEMORY
 
 FLOAT32_BYTES = 4
+ON_GPU = ("tensorrt",)
+"""Engines that hold their weights there."""
 TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
 """float32 weights, gradients and two Adam moments."""
 PROCESS_MIB = 600
@@ -99,7 +104,7 @@ def obstacles(recipe: Recipe) -> list[str]:
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
     missing = [reason for engine in engines.values() if (reason := engine.missing())]
     missing += [f"validation.tasks.{name}: {why}" for name, why in _missing_benchmarks(recipe).items()]
-    return missing + _unmeasurable_budgets(recipe) + source_obstacles(recipe)
+    return missing + _unmeasurable_budgets(recipe) + unmeasurable_limits(recipe) + source_obstacles(recipe)
 
 
 def _missing_benchmarks(recipe: Recipe) -> dict[str, str]:
@@ -117,6 +122,24 @@ def _unmeasurable_budgets(recipe: Recipe) -> list[str]:
         for engine in recipe.engines_of(candidate)
         if not engine.missing() and not engine.executable
     ]
+
+
+def unmeasurable_limits(recipe: Recipe) -> list[str]:
+    """Limits on what this machine, or an engine of the recipe, does not tell; empty where all can be judged."""
+    found = []
+    limited = recipe.validation.limits.by_metric()
+    if ENERGY in limited and not (meter := Meter()).measures:
+        found.append(f"limits.{ENERGY}: energy is {meter.says}. Let it be read, or drop the limit.")
+    if GPU_MEMORY in limited:
+        engines = {engine.engine for candidate in recipe.candidates.values() for engine in recipe.engines_of(candidate)}
+        if not engines & {*ON_GPU}:
+            found.append(
+                f"limits.{GPU_MEMORY} is of engines on a GPU ({', '.join(ON_GPU)}); this recipe's are "
+                f"{', '.join(sorted(engines))}. Drop the limit, or bound peak_memory_mib."
+            )
+        elif not (memory := GpuMemory()).measures:
+            found.append(f"limits.{GPU_MEMORY}: memory of GPUs is {memory.says}. Drop the limit.")
+    return found
 
 
 def notes(recipe: Recipe) -> list[str]:

@@ -11,6 +11,7 @@ import yaml
 from prefect import flow
 
 from flows.bundles import find_bundle
+from flows.check import unmeasurable_limits
 from flows.diagnosing import diagnose_candidates
 from flows.judging import judge_candidates
 from flows.outcome import Outcome
@@ -66,6 +67,8 @@ def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options
             "validation.limits.never_slower_than: a bundle is validated against one other thing; write "
             "`original`, which is what --against names."
         )
+    if reasons := unmeasurable_limits(planned):
+        raise RecipeError("This machine cannot judge the limits: " + " ".join(reasons))
     return planned, directory
 
 

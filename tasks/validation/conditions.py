@@ -18,6 +18,7 @@ from tasks.validation.worker import choose_cores
 LIBRARIES = ("onnxruntime", "openvino", "openvino-genai", "torch", "tensorrt")
 CGROUP_STATS = ("cpu.stat", "cpu/cpu.stat", "cpu,cpuacct/cpu.stat")
 """Below the root of cgroups: version 2's, and two places of version 1's."""
+NO_NVML = "no GPU answers through NVML (pip install nvidia-ml-py, where there is one)"
 
 
 class Conditions(BaseModel, frozen=True, extra="forbid"):

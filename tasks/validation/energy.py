@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.validation.conditions import load_nvml
+from tasks.validation.conditions import NO_NVML, load_nvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -21,13 +21,10 @@ class Meter:
         self._last = [_microjoules(package) for package in self._packages]
         self._wrapped = [0] * len(self._packages)
         self._nvml: Any = nvml()
-        self._gpus: list[Any] = []
-        if self._nvml:
-            count = self._nvml.nvmlDeviceGetCount()
-            self._gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        self._gpus, why_no_gpu = gpu_counters(self._nvml)
         kinds = [f"RAPL of {len(self._packages)} packages"] if self._packages else []
         kinds += [f"NVML of {len(self._gpus)} GPUs"] if self._gpus else []
-        self.says = " and ".join(kinds) or f"not measured: {problem}, and no GPU answers through NVML"
+        self.says = " and ".join(kinds) or f"not measured: {problem}, and {why_no_gpu}"
 
     @property
     def measures(self) -> bool:
@@ -46,6 +43,21 @@ class Meter:
         for gpu in self._gpus:
             total += self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
         return total
+
+
+def gpu_counters(nvml: Any | None) -> tuple[list[Any], str]:
+    """The GPUs that count energy, and, where there is none, why. Before Volta they do not."""
+    if nvml is None:
+        return [], NO_NVML
+    found = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+        try:
+            nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+        except nvml.NVMLError:
+            continue
+        found.append(gpu)
+    return found, "no GPU counts energy"
 
 
 def rapl_packages(root: Path) -> tuple[Sequence[Path], str]:

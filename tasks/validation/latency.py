@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, field_validator
 from tasks.calibration.progress import Report, silent
 from tasks.validation.conditions import Conditions, conditions, snapshot
 from tasks.validation.energy import Meter
+from tasks.validation.gpu_memory import GpuMemory
 from tasks.validation.latency_worker import LatencyWorker
 from tasks.validation.machine import Machine, machine
 from tasks.validation.measured import PERCENTILES, Measured, Metric, Percentile, beside, figure_name
@@ -58,6 +59,8 @@ POWER = 0.8
 """Probability with which a difference has to be told to count as one that a run could tell."""
 CONTROL_MAX_HALF_WIDTH = 0.15
 """A wider interval of the control says that the machine's noise hides differences of this size."""
+ENERGY, GPU_MEMORY = "energy_j_per_token", "peak_gpu_memory_mib"
+"""Metrics that not every machine tells."""
 _SPEED: dict[str, Any] = {"aspect": "speed", "option": "validation.speed"}
 METRICS = (
     Metric(name="ttft_ms", title="TTFT", unit="ms", better="lower", **_SPEED),
@@ -80,6 +83,7 @@ METRICS = (
         compared=False,
         **_SPEED,
     ),
+    Metric(name=ENERGY, title="energy", unit="J/token", better="lower", **_SPEED),
     Metric(
         name="peak_memory_mib",
         title="peak memory",
@@ -87,6 +91,15 @@ METRICS = (
         better="lower",
         aspect="cost",
         option="validation.speed",
+    ),
+    Metric(
+        name=GPU_MEMORY,
+        title="peak GPU memory",
+        unit="MiB",
+        better="lower",
+        aspect="cost",
+        option="validation.speed",
+        compared=False,  # the original runs on the processor
     ),
 )
 
@@ -135,7 +148,12 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
             "batch_sizes": (1,),
         }
         by_batch = {"batch_sizes": self.batch_sizes}
-        measured_of = {"ttft_ms": of_requests, "tpot_ms": of_requests, "latency_ms": of_requests, "peak_memory_mib": {}}
+        measured_of: dict[str, dict[str, Any]] = {
+            **dict.fromkeys(("ttft_ms", "tpot_ms", "latency_ms"), of_requests),
+            ENERGY: {"batch_sizes": (1,)},
+            "peak_memory_mib": {},
+            GPU_MEMORY: {},
+        }
         return tuple(metric.model_copy(update=measured_of.get(metric.name, by_batch)) for metric in METRICS)
 
 
@@ -180,9 +198,14 @@ class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     energy_j_per_token: Estimate | None = Field(
         None, description="Of the whole machine while it answered, prompts included. None: see `energy` of the summary."
     )
+    energy_ratio_to_original: Estimate | None = Field(None, description="Below 1: fewer joules per token.")
     throughput: dict[int, Throughput] = Field(description="By batch size.")
     load_s: float = Field(description="From an empty process with our code to a session; files may be in the cache.")
     peak_memory_mib: float = Field(description="Largest resident set of its process, the Python runtime included.")
+    peak_gpu_memory_mib: float | None = Field(
+        None,
+        description="Most that its process held on all GPUs after a request. None: see `gpu_memory` of the summary.",
+    )
     size_bytes: int
     idle_cpu_percent: float = Field(description="Of one core, burnt while others were measured; should be near 0.")
     group: int
@@ -215,6 +238,7 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     machine: Machine | None = Field(None, description="What this machine can do at best, measured before the first.")
     conditions: Conditions | None = Field(None, description="What the machine did meanwhile.")
     energy: str = Field("", description="By which counters, or why it was not measured.")
+    gpu_memory: str = Field("", description="By what it was measured, or why it was not.")
     detectable_percent: dict[str, float] = Field(
         {}, description="By metric, the smallest difference that blocks like the control's tell with probability 80 %."
     )
@@ -237,12 +261,18 @@ class Timings:
     size_bytes: int
     group: int
     peak_memory_mib: float = 0.0
+    peak_gpu_memory_mib: float | None = None
     idle_s: float = 0.0
     idle_cpu_s: float = 0.0
     batches: dict[int, list[list[float]]] = field(default_factory=dict)
     """By batch size: for each block, seconds until each token was chosen, [new_tokens]."""
     joules: list[float] = field(default_factory=list)
     """Of each block at batch size 1; empty: not measured."""
+
+    def saw_gpu_memory(self, mib: float | None) -> None:
+        """Keeps the most that was held; None: not known."""
+        if mib is not None:
+            self.peak_gpu_memory_mib = max(mib, self.peak_gpu_memory_mib or 0.0)
 
     def ttft_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
         """[num_blocks, 1]."""
@@ -253,7 +283,9 @@ class Timings:
         return np.asarray(1000 * np.array(self.batches[batch_size])[:, -1:], np.float64)
 
     def joules_per_token(self) -> NDArray[np.float64]:
-        """[num_blocks, 1]; empty: not measured."""
+        """[num_blocks, 1]; empty: not measured, or by counters that stood still."""
+        if not any(self.joules) or len(self.joules) < len(self.batches[1]):
+            return np.empty((0, 1))
         return np.array(self.joules, np.float64)[:, None] / max(1, len(self.batches[1][0]))
 
     def tpot_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
@@ -295,7 +327,7 @@ def measure_speed(
     ends_at = started_at + 60 * options.max_minutes
     _check_names(subjects)
     prompts = Prompts(data, options)
-    limits, before, meter = machine(threads), snapshot(), Meter()
+    limits, before, meter, gpu_memory = machine(threads), snapshot(), Meter(), GpuMemory()
     groups: list[dict[str, Timings]] = []
     failed: dict[str, str] = {}
     waiting = list(subjects)
@@ -307,7 +339,15 @@ def measure_speed(
             now = time.monotonic()
             deadline = now + share * max(0.0, ends_at - now)
             _measure_blocks(
-                running, prompts, options, deadline, failed, meter, report, num_before=len(groups), more=bool(left)
+                running,
+                prompts,
+                options,
+                deadline,
+                failed,
+                Meters(meter, gpu_memory),
+                report,
+                num_before=len(groups),
+                more=bool(left),
             )
             for name, (worker, timing) in list(running.items()):
                 with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
@@ -325,10 +365,23 @@ def measure_speed(
             "failed": failed,
             "machine": limits,
             "conditions": while_measured,
-            "energy": meter.says,
+            "energy": _energy_said(meter, groups),
+            "gpu_memory": gpu_memory.says,
             "noise": f"{summary.noise} {while_measured.sentence}",
         }
     )
+
+
+def _energy_said(meter: Meter, groups: Sequence[dict[str, Timings]]) -> str:
+    stood_still = meter.measures and not any(any(timing.joules) for group in groups for timing in group.values())
+    return f"not measured: {meter.says} stood still" if stood_still else meter.says
+
+
+class Meters(NamedTuple):
+    """What is read beside the time."""
+
+    energy: Meter
+    gpu_memory: GpuMemory
 
 
 Running = dict[str, tuple[LatencyWorker, Timings]]
@@ -431,7 +484,7 @@ def _measure_blocks(
     options: Speed,
     deadline: float,
     failed: dict[str, str],
-    meter: Meter,
+    meters: Meters,
     report: Report,
     *,
     num_before: int,
@@ -442,7 +495,7 @@ def _measure_blocks(
     Args:
         running: loses the subjects that fail.
         failed: receives them, and why.
-        meter: of energy.
+        meters: of energy and of memory on GPUs.
         num_before: groups before this one.
         more: whether another group follows; how many do shows only when memory is full again.
     """
@@ -458,10 +511,11 @@ def _measure_blocks(
                 worker, timing = running[str(name)]
                 time.sleep(SETTLE_S)
                 with _noting_failure(worker, failed, is_needed=name in (ORIGINAL, CONTROL)):
-                    joules = meter.joules()
+                    joules = meters.energy.joules()
                     timing.batches.setdefault(batch_size, []).append(worker.generate(input_ids, options.new_tokens))
-                    if meter.measures and batch_size == 1:
-                        timing.joules.append(meter.joules() - joules)
+                    if meters.energy.measures and batch_size == 1:
+                        timing.joules.append(meters.energy.joules() - joules)
+                    timing.saw_gpu_memory(meters.gpu_memory.mib(worker.pid))
                 if name in failed:
                     del running[str(name)]
         step = num_before * options.num_blocks + block + 1
@@ -556,6 +610,8 @@ def summarize(
                 ratio_to_original=ratio_of_medians(rate, originals, **how),
                 ratio_to_baseline=versus,
             )
+        joules, originals_joules = timing.joules_per_token(), original.joules_per_token()
+        paired = len(joules) == len(originals_joules) and joules.size and np.median(originals_joules) > 0
         summaries[name] = SubjectSpeed(
             ttft_ms=latencies[1].ttft_ms,
             tpot_ms=latencies[1].tpot_ms,
@@ -563,12 +619,14 @@ def summarize(
             latency_ms=latencies[1].latency_ms,
             latency_ratios_to_original=_ratios(timing.latency_ms(), original.latency_ms(), **how),
             by_batch_size=latencies,
-            energy_j_per_token=median(timing.joules_per_token(), **how) if timing.joules else None,
+            energy_j_per_token=median(joules, **how) if joules.size else None,
+            energy_ratio_to_original=ratio_of_medians(joules, originals_joules, **how) if paired else None,
             ttft_ratios_to_original=_ratios(timing.ttft_ms(), original.ttft_ms(), **how),
             tpot_ratios_to_original=_ratios(timing.tpot_ms(), original.tpot_ms(), **how),
             throughput=throughput,
             load_s=timing.load_s,
             peak_memory_mib=timing.peak_memory_mib,
+            peak_gpu_memory_mib=timing.peak_gpu_memory_mib,
             size_bytes=timing.size_bytes,
             idle_cpu_percent=100 * timing.idle_cpu_s / max(timing.idle_s, 1e-9),
             group=timing.group,
@@ -608,11 +666,13 @@ def _pool(timings: Sequence[Timings]) -> Timings:
     for timing in timings:
         for batch_size, blocks in timing.batches.items():
             batches.setdefault(batch_size, []).extend(blocks)
+    on_gpus = [timing.peak_gpu_memory_mib for timing in timings if timing.peak_gpu_memory_mib is not None]
     return Timings(
         load_s=timings[0].load_s,
         size_bytes=timings[0].size_bytes,
         group=timings[0].group,
         peak_memory_mib=max(timing.peak_memory_mib for timing in timings),
+        peak_gpu_memory_mib=max(on_gpus, default=None),
         idle_s=sum(timing.idle_s for timing in timings),
         idle_cpu_s=sum(timing.idle_cpu_s for timing in timings),
         batches=batches,
@@ -677,6 +737,7 @@ def read_groups(directory: Path, summary: SpeedSummary) -> list[dict[str, Timing
                 size_bytes=about.size_bytes,
                 group=group,
                 peak_memory_mib=about.peak_memory_mib,
+                peak_gpu_memory_mib=about.peak_gpu_memory_mib,
                 idle_s=1.0,
                 idle_cpu_s=about.idle_cpu_percent / 100,
             ),
@@ -706,6 +767,12 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
             better="lower",
         )
     }
+    if subject.peak_gpu_memory_mib is not None:
+        found[GPU_MEMORY] = Measured(value=exactly(subject.peak_gpu_memory_mib))
+    if joules := subject.energy_j_per_token:
+        ratio, of_original = subject.energy_ratio_to_original, original.energy_j_per_token
+        beside_it = beside(joules, ratio, of_original.value, better="lower") if ratio and of_original else None
+        found[figure_name(ENERGY, batch_size=1)] = beside_it or Measured(value=joules)
     for metric in ("ttft_ms", "tpot_ms", "latency_ms"):
         its: Percentiles | None = getattr(subject, metric)
         others: Percentiles | None = getattr(original, metric)

@@ -51,5 +51,5 @@ def pooled_speed(
         confidence=confidence,
     )
     failed = {name: reason for _, summary in measurements for name, reason in summary.failed.items()}
-    of_first = {name: getattr(first, name) for name in ("machine", "conditions", "energy")}
+    of_first = {name: getattr(first, name) for name in ("machine", "conditions", "energy", "gpu_memory")}
     return pooled.model_copy(update={"failed": failed, **of_first})

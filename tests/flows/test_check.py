@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 
 from flows import check
 from flows.check import Plan, disk_mib, notes, peak_memory_mib
 from flows.recipe import Recipe, parse
 from tasks.calibration.checkpoints import SourceEstimate
+from tasks.validation.energy import Meter
+from tasks.validation.gpu_memory import GpuMemory
+from tests.tasks.validation.nvml import Nvml
 
 INT8 = {"method": "rtn", "weights": {"bits": 8}}
 BILLION = 10**9
@@ -95,6 +100,29 @@ def test_a_budget_of_time_on_an_engine_that_cannot_run_here_is_an_obstacle(monke
     (reason,) = check._unmeasurable_budgets(timed)
     assert reason == "one: `tpot_ms` is measured on tensorrt-float16. There is no GPU. Set another budget."
     assert reason in check.obstacles(timed)
+
+
+def test_a_limit_on_energy_is_an_obstacle_where_no_counter_can_be_read(monkeypatch):
+    monkeypatch.setattr(check, "Meter", lambda: Meter(Path("/none"), lambda: None))
+    limited = recipe({}, speed={}, limits={"energy_j_per_token": {"max": 5}})
+    (reason,) = check.unmeasurable_limits(limited)
+    assert reason.startswith("limits.energy_j_per_token: energy is not measured: there is no /none")
+    assert "no GPU answers through NVML" in reason
+    assert reason in check.obstacles(limited)
+    monkeypatch.setattr(check, "Meter", lambda: Meter(Path("/none"), Nvml))
+    assert check.unmeasurable_limits(limited) == []
+
+
+def test_a_limit_on_gpu_memory_is_an_obstacle_without_a_gpu_or_an_engine_on_one(monkeypatch):
+    limits = {"peak_gpu_memory_mib": {"max": 500}}
+    (reason,) = check.unmeasurable_limits(recipe({}, speed={}, limits=limits))
+    assert reason.startswith("limits.peak_gpu_memory_mib is of engines on a GPU (tensorrt); this recipe's are onnxrun")
+    on_gpu = recipe({"engines": [{"engine": "tensorrt", "precision": "float16"}]}, speed={}, limits=limits)
+    monkeypatch.setattr(check, "GpuMemory", lambda: GpuMemory(lambda: None))
+    (reason,) = check.unmeasurable_limits(on_gpu)
+    assert "memory of GPUs is not measured: no GPU answers through NVML" in reason
+    monkeypatch.setattr(check, "GpuMemory", lambda: GpuMemory(Nvml))
+    assert check.unmeasurable_limits(on_gpu) == []
 
 
 def test_a_budget_of_time_measures_the_engine_before_quantization(tiny_checkpoint, monkeypatch):

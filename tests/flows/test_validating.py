@@ -41,21 +41,6 @@ def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wide_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
-    """The tiny model with fewer and wider layers, so that weights take most of a token's time."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 128}
-    out = tmp_path_factory.mktemp("wide")
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_checkpoint, **sizes)).save_pretrained(out)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny_checkpoint / name, out / name)
-    return out
-
-
-@pytest.fixture(scope="module")
 def bundle(wide_checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "float"
     out.mkdir()
@@ -163,6 +148,13 @@ def test_an_option_that_is_none_is_refused(bundle, options, message):
 def test_a_directory_that_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         plan_validation(str(tmp_path), "any", recipe=None, options=[])
+
+
+def test_a_limit_that_this_machine_cannot_judge_is_refused_with_the_reason(bundle):
+    with pytest.raises(
+        ValueError, match=r"cannot judge the limits: limits\.peak_gpu_memory_mib is of engines on a GPU"
+    ):
+        plan_validation(str(bundle), "source", recipe=None, options=["validation.limits.peak_gpu_memory_mib.max=100"])
 
 
 def test_options_change_the_recipes_data_and_validation(bundle):

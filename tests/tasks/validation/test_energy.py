@@ -1,6 +1,7 @@
 import pytest
 
 from tasks.validation.energy import Meter
+from tests.tasks.validation.nvml import Nvml
 
 
 def package(root, name, microjoules):
@@ -29,18 +30,19 @@ def test_joules_are_those_of_all_packages_also_when_a_counter_wraps(tmp_path):
     assert meter.joules() - before == pytest.approx(0.25 + 0.2)
 
 
-def test_a_gpu_counts_too(tmp_path):
-    class Nvml:
-        millijoules = 5000
-        nvmlDeviceGetCount = staticmethod(lambda: 2)
-        nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
-        nvmlDeviceGetTotalEnergyConsumption = classmethod(lambda cls, gpu: cls.millijoules)
-
-    meter = Meter(tmp_path / "none", Nvml)
+def test_gpus_count_too(tmp_path):
+    nvml = Nvml()
+    meter = Meter(tmp_path / "none", lambda: nvml)
     before = meter.joules()
-    Nvml.millijoules += 1500
-    assert meter.joules() - before == pytest.approx(3.0)
+    nvml.millijoules += 1500
+    assert meter.joules() - before == pytest.approx(2 * (1.5 + 2))  # each look at the counter adds a joule
     assert meter.says == "NVML of 2 GPUs"
+
+
+def test_a_gpu_that_counts_no_energy_is_left_out(tmp_path):
+    meter = Meter(tmp_path / "none", lambda: Nvml(counts_energy=False))
+    assert not meter.measures
+    assert meter.says.endswith("and no GPU counts energy")
 
 
 def test_without_a_counter_the_reason_is_said(tmp_path):

@@ -28,7 +28,9 @@ from tasks.validation.latency import (
     summarize,
 )
 from tasks.validation.latency_worker import LatencyWorker
+from tasks.validation.pooling import pooled_speed
 from tasks.validation.statistics import Estimate
+from tests.tasks.validation.nvml import install
 
 OPTIONS = Speed(prompt_tokens=16, new_tokens=5, batch_sizes=(1, 2), num_blocks=4, num_batch_blocks=2)
 
@@ -176,6 +178,66 @@ def test_latency_is_a_metric_beside_the_original():
     found = measured(summary, "int8")["latency_ms.p50.batch_1"]
     assert found.value.value == pytest.approx(130, rel=0.02)
     assert found.degradation_percent.value == pytest.approx(-50, abs=2)
+
+
+def test_energy_is_a_metric_beside_the_original_block_by_block():
+    group = {"original": timings(0.1, 0.04), CONTROL: timings(0.1, 0.04, seed=1), "int8": timings(0.05, 0.02, seed=2)}
+    group["original"].joules, group["int8"].joules = [10.0, 10.1, 9.9, 10.0, 10.2, 9.8], [4.0, 4.1, 3.9, 4.0, 4.2, 3.8]
+    for timing in group.values():
+        timing.peak_memory_mib = 1.0
+    summary = summarize([group], [Subject(name="int8", bundle=Path("i"))], OPTIONS, threads=1, elapsed_s=1)
+    found = measured(summary, "int8")["energy_j_per_token.batch_1"]
+    assert found.value.value == pytest.approx(4 / 5)  # of five tokens
+    assert found.original == pytest.approx(10 / 5)
+    assert found.degradation_percent.value == pytest.approx(-60)
+    assert found.degradation_percent.low <= -60 <= found.degradation_percent.high
+
+
+@pytest.mark.parametrize("joules", [[], [0.0] * 6, [4.0, 4.1]])
+def test_energy_of_no_counter_or_one_that_stands_still_or_missed_blocks_is_not_measured(joules):
+    group = {"original": timings(0.1, 0.04), CONTROL: timings(0.1, 0.04, seed=1), "int8": timings(0.05, 0.02, seed=2)}
+    group["original"].joules, group["int8"].joules = [10.0] * 6, joules
+    for timing in group.values():
+        timing.peak_memory_mib = 1.0
+    summary = summarize([group], [Subject(name="int8", bundle=Path("i"))], OPTIONS, threads=1, elapsed_s=1)
+    assert summary.subjects["int8"].energy_j_per_token is None
+    assert "energy_j_per_token.batch_1" not in measured(summary, "int8")
+
+
+def test_gpu_memory_is_the_most_that_was_seen_in_any_group():
+    first, second = (
+        {"original": timings(0.1, 0.04), CONTROL: timings(0.1, 0.04), "a": timings(0.1, 0.02)} for _ in "12"
+    )
+    for mib, timing in ((None, first["a"]), (70.0, first["a"]), (65.0, first["a"]), (90.0, second["a"])):
+        timing.saw_gpu_memory(mib)
+    for timing in (*first.values(), *second.values()):
+        timing.peak_memory_mib = 1.0
+    summary = summarize([first, second], [Subject(name="a", bundle=Path("a"))], OPTIONS, threads=1, elapsed_s=1)
+    assert summary.subjects["a"].peak_gpu_memory_mib == 90
+    assert measured(summary, "a")["peak_gpu_memory_mib"].value.value == 90
+    assert summary.subjects["original"].peak_gpu_memory_mib is None
+
+
+@pytest.mark.slow
+def test_energy_and_gpu_memory_are_asked_of_nvml_where_it_answers(
+    tiny_checkpoint, tiny_bundle, small_data, tmp_path, monkeypatch
+):
+    install(monkeypatch)
+    summary = measure_speed(
+        subjects=[Subject(name="tiny", bundle=tiny_bundle)],
+        original=tiny_checkpoint,
+        data=small_data,
+        options=OPTIONS.model_copy(update={"num_blocks": 3}),
+        threads=1,
+        out=tmp_path,
+    )
+    assert summary.energy == summary.gpu_memory == "NVML of 2 GPUs"
+    assert summary.subjects["tiny"].peak_gpu_memory_mib == pytest.approx(96)
+    assert summary.subjects["tiny"].energy_j_per_token.value == pytest.approx(4 / 5)  # one per GPU and look
+    assert summary.subjects["tiny"].energy_ratio_to_original.value == pytest.approx(1)
+    again = pooled_speed([(tmp_path, summary)] * 2, {}, OPTIONS)
+    assert again.subjects["tiny"].peak_gpu_memory_mib == pytest.approx(96)
+    assert again.gpu_memory == "NVML of 2 GPUs"
 
 
 def test_prompts_are_evaluation_text_and_hardly_ever_the_same(small_data):

@@ -56,6 +56,9 @@ def test_each_metric_that_is_measured_can_be_limited_and_only_those():
         ({"perplexity": {"max": 1, "percentile": "p90"}}, "perplexity has no percentiles"),
         ({"size_mib": {"max": 1, "max_gain_percent": 8}}, "`max_gain_percent` is of quality"),
         ({"perplexity": []}, "limits.perplexity lists no limit"),
+        ({"energy_j_per_token": {"min": 1}}, "lower is better, so bound it by `max`"),
+        ({"energy_j_per_token": {"max": 1, "batch_size": 8}}, "got 8, and those of validation.speed are 1"),
+        ({"peak_gpu_memory_mib": {"max_degradation": 1}}, "the original has no peak GPU memory to compare with"),
     ],
 )
 def test_what_means_nothing_for_a_metric_is_refused_in_a_sentence(limits, message):

@@ -254,6 +254,22 @@ def test_page_without_speed_curves_and_winner_is_whole_too(data, tmp_path):
     assert "Latency in full" not in text
 
 
+def test_page_has_columns_of_energy_and_gpu_memory_where_something_was_measured(data, tmp_path):
+    assert "J/token" not in page_of(data, tmp_path).text
+    assert data.speed
+    subjects = {
+        name: subject.model_copy(
+            update={"energy_j_per_token": exactly(2.5)}
+            | ({"peak_gpu_memory_mib": 321.0, "energy_ratio_to_original": exactly(0.4)} if name != "original" else {})
+        )
+        for name, subject in data.speed.subjects.items()
+    }
+    told = {"subjects": subjects, "energy": "NVML of 1 GPUs", "gpu_memory": "NVML of 1 GPUs"}
+    page = page_of(data.model_copy(update={"speed": data.speed.model_copy(update=told)}), tmp_path).text
+    for words in ("J/token", "2.50", "0.40×", "321", "not measured", "Energy of the whole machine: NVML of 1 GPUs."):
+        assert words in page, words
+
+
 def test_page_warns_of_a_noisy_machine(data, tmp_path):
     loud = data.speed.model_copy(update={"noisy": True, "noise": "Noisy: the original differs from itself."})
     assert "machine was noisy" in page_of(data.model_copy(update={"speed": loud}), tmp_path).text

@@ -208,6 +208,36 @@ def test_what_could_not_run_here_is_inconclusive_not_accepted():
     assert [check.verdict for check in judgement.checks] == ["INCONCLUSIVE", "INCONCLUSIVE", "ACCEPT"]
 
 
+@pytest.mark.parametrize(
+    "goal", [{"max": 1e9}, {"max_degradation_percent": 900}, {"max_degradation": 1e9}, {"min_improvement_percent": 1}]
+)
+def test_a_limit_on_energy_that_the_machine_did_not_tell_is_never_kept(goal):
+    (check,) = verdict_on({"energy_j_per_token": goal}, speed=speed(ratios={})).checks
+    assert check.verdict == "INCONCLUSIVE"
+    assert "was not measured" in check.sentence
+    assert not check.can_be_settled
+
+
+@pytest.mark.parametrize(
+    ("goal", "verdict"),
+    [
+        ({"max": 2.2}, "ACCEPT"),
+        ({"max": 1.8}, "REJECT"),
+        ({"max_degradation_percent": 0}, "ACCEPT"),
+        ({"min_improvement_percent": 50}, "INCONCLUSIVE"),
+        ({"min_improvement": 3}, "REJECT"),
+    ],
+)
+def test_energy_is_judged_where_it_was_measured(goal, verdict):
+    told = speed(ratios={})
+    its = told.subjects["int8"].model_copy(
+        update={"energy_j_per_token": estimate(2, 1.9, 2.1), "energy_ratio_to_original": estimate(0.5, 0.48, 0.52)}
+    )
+    original = its.model_copy(update={"energy_j_per_token": exactly(4.0)})
+    told = told.model_copy(update={"subjects": {"int8": its, "original": original}})
+    assert verdict_on({"energy_j_per_token": goal}, speed=told).verdict == verdict
+
+
 def test_a_figure_that_is_no_number_is_rejected_in_words():
     broken = quality().model_copy(update={"kl_nats": exactly(float("nan"))})
     judgement = verdict_on({"kl_nats": {"max": 1}}, quality=broken)
