@@ -18,7 +18,7 @@ from tasks.validation.worker import choose_cores
 LIBRARIES = ("onnxruntime", "openvino", "openvino-genai", "torch", "tensorrt")
 CGROUP_STATS = ("cpu.stat", "cpu/cpu.stat", "cpu,cpuacct/cpu.stat")
 """Below the root of cgroups: version 2's, and two places of version 1's."""
-NO_NVML = "no GPU answers through NVML (pip install nvidia-ml-py, where there is one)"
+NO_NVML = "no GPU answers through NVML (it takes a driver and nvidia-ml-py)"
 
 
 class Conditions(BaseModel, frozen=True, extra="forbid"):
@@ -139,6 +139,11 @@ def gpu_states() -> tuple[str, ...]:
         watts = nvml.nvmlDeviceGetPowerUsage(device) / 1000
         states.append(f"{nvml.nvmlDeviceGetName(device)}: {mhz} MHz, {celsius} °C, {watts:.0f} W")
     return tuple(states)
+
+
+def counted(num: int, what: str) -> str:
+    """'1 GPU', '2 GPUs'."""
+    return f"{num} {what}{'' if num == 1 else 's'}"
 
 
 def load_nvml() -> Any | None:

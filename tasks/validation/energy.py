@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.validation.conditions import NO_NVML, load_nvml
+from tasks.validation.conditions import NO_NVML, counted, load_nvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -22,8 +22,8 @@ class Meter:
         self._wrapped = [0] * len(self._packages)
         self._nvml: Any = nvml()
         self._gpus, why_no_gpu = gpu_counters(self._nvml)
-        kinds = [f"RAPL of {len(self._packages)} packages"] if self._packages else []
-        kinds += [f"NVML of {len(self._gpus)} GPUs"] if self._gpus else []
+        kinds = [f"RAPL of {counted(len(self._packages), 'package')}"] if self._packages else []
+        kinds += [f"NVML of {counted(len(self._gpus), 'GPU')}"] if self._gpus else []
         self.says = " and ".join(kinds) or f"not measured: {problem}, and {why_no_gpu}"
 
     @property

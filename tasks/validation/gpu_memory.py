@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.validation.conditions import NO_NVML, load_nvml
+from tasks.validation.conditions import NO_NVML, counted, load_nvml
 
 PROC = Path("/proc")
 CUDA = "libcuda.so"
@@ -21,7 +21,7 @@ class GpuMemory:
         if self._nvml:
             count = self._nvml.nvmlDeviceGetCount()
             self._gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        self.says = f"NVML of {len(self._gpus)} GPUs" if self._gpus else f"not measured: {NO_NVML}"
+        self.says = f"NVML of {counted(len(self._gpus), 'GPU')}" if self._gpus else f"not measured: {NO_NVML}"
 
     @property
     def measures(self) -> bool:

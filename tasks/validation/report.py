@@ -22,7 +22,7 @@ from tasks.validation.load import Level, LoadSummary
 from tasks.validation.measured import Measured, Metric, metric_of
 from tasks.validation.pareto import pareto_front
 from tasks.validation.quality import QualitySummary, ReferenceSummary
-from tasks.validation.statistics import Estimate
+from tasks.validation.statistics import CONFIDENCE, Estimate
 from tasks.validation.verdicts import Check, Judgement
 
 TEMPLATE = "report.html.j2"
@@ -162,6 +162,7 @@ def render(data: ReportData, out: Path) -> Path:
     )
     environment.filters.update(mib=_mib, num=number, interval=interval, duration=duration)
     figures = measured_by_figure(data)
+    judged = [row.judgement for row in data.rows if row.judgement]
     page = environment.get_template(TEMPLATE).render(
         data=data,
         lines=lines(data),
@@ -173,6 +174,7 @@ def render(data: ReportData, out: Path) -> Path:
         other_figures=[each for each in figures if not _is_of_task(each[1])],
         block_errors=_block_errors,
         check_bar=_check_bar,
+        confidence=max((check.confidence for row in judged for check in row.checks), default=CONFIDENCE),
         curve=charts.curve,
         mark=charts.mark,
         engines=engines_of(data),
@@ -473,7 +475,7 @@ def interval(estimate: Estimate, scale: float = 1.0) -> str:
     """'[low, high]', or nothing for what was counted or measured once; '[low, ∞)' where nothing bounds it above."""
     if estimate.low is not None and estimate.high is None:
         return f"[{number(scale * estimate.low)}, ∞)"
-    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
+    if estimate.low is None or estimate.high is None or math.isclose(estimate.low, estimate.high):
         return ""
     low, high = scale * estimate.low, scale * estimate.high
     decimals = 0 if high - low >= 5 else min(6, max(1, 1 - math.floor(math.log10(high - low))))

@@ -232,6 +232,7 @@ def test_page_names_the_engine_of_the_original(data, tmp_path):
     assert "<model>.gguf, in PyTorch float32, measured side by side" in page_of(data, tmp_path).text
     other = data.model_copy(update={"original_engine": "OpenVINO float32"})
     assert "<model>.gguf, in OpenVINO float32, measured side by side" in page_of(other, tmp_path).text
+    assert "ratios to the original in OpenVINO float32" in page_of(other, tmp_path).text
 
 
 def test_page_without_speed_curves_and_winner_is_whole_too(data, tmp_path):
@@ -264,10 +265,22 @@ def test_page_has_columns_of_energy_and_gpu_memory_where_something_was_measured(
         )
         for name, subject in data.speed.subjects.items()
     }
-    told = {"subjects": subjects, "energy": "NVML of 1 GPUs", "gpu_memory": "NVML of 1 GPUs"}
+    told = {"subjects": subjects, "energy": "NVML of 1 GPU", "gpu_memory": "NVML of 1 GPU"}
     page = page_of(data.model_copy(update={"speed": data.speed.model_copy(update=told)}), tmp_path).text
-    for words in ("J/token", "2.50", "0.40×", "321", "not measured", "Energy of the whole machine: NVML of 1 GPUs."):
+    for words in ("J/token", "2.50", "0.40×", "321", "not measured", "Energy of the whole machine: NVML of 1 GPU."):
         assert words in page, words
+
+
+def test_page_says_when_limits_were_judged_by_wider_intervals(data, tmp_path):
+    assert "wider than elsewhere" not in page_of(data, tmp_path).text
+    rows = []
+    for row in data.rows:
+        judged = row.judgement and row.judgement.model_copy(
+            update={"checks": tuple(c.model_copy(update={"confidence": 0.975}) for c in row.judgement.checks)}
+        )
+        rows.append(row.model_copy(update={"judgement": judged}))
+    page = page_of(data.model_copy(update={"rows": tuple(rows)}), tmp_path)
+    assert "These intervals are of 97.5 %, wider than elsewhere" in page.text
 
 
 def test_page_warns_of_a_noisy_machine(data, tmp_path):
