@@ -27,6 +27,8 @@ from tasks.tpot import measure_tpot
 from tasks.tune import tune_engine
 from tasks.validate import measure_load, measure_quality, measure_reference, measure_speed
 from tasks.validation import Speed
+from tasks.validation.energy import Meter
+from tasks.validation.gpu_memory import GpuMemory
 
 Run = Callable[..., StageResult]
 """run(task, label, **arguments) -> the stage's result; `label` names the candidate for people."""
@@ -202,6 +204,7 @@ def time_together(
         original=products.original,
         data=products.data,
         options=options,
+        counters=f"energy: {Meter().says}; memory of GPUs: {GpuMemory().says}",
     )
 
 

@@ -15,9 +15,13 @@ FULL = {
     errno.EDQUOT: "The disk quota is used up",
     errno.EFBIG: "A file may not grow any further (`ulimit -f` shows the limit)",
 }
-BROKEN = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE)
-"""Of a disk that fails or went away, and of a system whose open files are used up."""
-REFUSED = (errno.EACCES, errno.EPERM)
+BROKEN = {
+    errno.EIO: "The disk fails; the system's log says more.",
+    errno.ESTALE: "The disk went away; mount it again.",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
+    errno.ENFILE: "Raise the system's limit of open files, or end what holds them.",
+}
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Below the home they are our surroundings' fault; of any other file, that of what was asked for."""
 MIN_FREE_BYTES = 2**20
 """Less than this left counts as full where a library does not say why it could not write."""
@@ -28,6 +32,7 @@ SAID = {
     "Disk quota exceeded": errno.EDQUOT,
     "File too large": errno.EFBIG,
     "attempt to write a readonly database": errno.EROFS,
+    "unable to open database file": errno.EACCES,
     "disk I/O error": errno.EIO,
 }
 SILENT = ("ConnectionError", "Timeout", "RetryError", "ConnectError", "ConnectTimeout", "ReadTimeout")
@@ -54,11 +59,14 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
         number, file = _errno_of(each)
         if number in FULL:
             return _full(FULL[number], file, near)
-        if number in BROKEN or (number in REFUSED and file and file.is_relative_to(settings().home)):
+        if number in BROKEN:
+            return f"{os.strerror(number)}: {file or near}. {BROKEN[number]} {AGAIN}"
+        home = settings().home
+        if number in REFUSED and (file is None or file.is_relative_to(home)):
             where = f" ({file})" if file else ""
             return (
-                f"{settings().home} cannot be used: {os.strerror(number)}{where}. Let this user write there, or set "
-                f"SLIMLINE_HOME to another directory. {AGAIN}"
+                f"{home} cannot be used: {os.strerror(number)}{where}. Let this user write there, or set SLIMLINE_HOME "
+                f"to another directory. {AGAIN}"
             )
     if servers and (said := silent_server(error)):
         return said

@@ -95,13 +95,15 @@ def measure_speed(
     original: StageResult,
     data: StageResult,
     options: Speed,
+    counters: str,
     *,
     parent: Parent,
     label: str = "",
 ) -> StageResult:
     """Latency, throughput and memory of every bundle and of the original, interleaved in one run.
 
-    `baselines` names, for a bundle, the bundle of the unchanged model in the same engine.
+    `baselines` names, for a bundle, the bundle of the unchanged model in the same engine. `counters` says what tells
+    energy and memory of GPUs here: where that changes, it is measured again.
     """
     subjects = [
         Subject(name=name, bundle=bundle.artifact.path, baseline=baselines.get(name))
@@ -119,7 +121,7 @@ def measure_speed(
             "options": options,
             "threads": settings().num_threads,
         },
-        params={"speed": options, "subjects": ", ".join(bundles)},
+        params={"speed": options, "subjects": ", ".join(bundles), "counters": counters},
         result=SpeedSummary,
         kind="measurement",
         label=label,

@@ -7,6 +7,7 @@ when its parent is gone, it goes at once, however the parent ended.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import queue
@@ -24,6 +25,17 @@ STATUS_KEYS = ("VmRSS", "VmHWM")
 PR_SET_PDEATHSIG = 1
 FAILURES = (ValueError, RuntimeError, ChildProcessError, TimeoutError)
 """What asking a worker may raise because of its subject."""
+SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+"""Errors of the disk or the system, which no subject is to blame for."""
 
 
 class Memory(NamedTuple):
@@ -87,6 +99,7 @@ class Worker:
             RuntimeError: the subject failed in a way it did not foresee.
             ChildProcessError: the process died.
             TimeoutError: it did not answer in time, and was ended with its whole group.
+            OSError: of the disk or the system, see `SURROUNDINGS`.
         """
         assert self._process.stdin is not None
         try:
@@ -98,6 +111,8 @@ class Worker:
         if not line:
             raise ChildProcessError(self._obituary())
         answer: dict[str, Any] = json.loads(line)
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]), answer["file"])
         if "refused" in answer:
             raise ValueError(f"The speed of {self.name!r} cannot be measured: {answer['refused']}")
         if "failed" in answer:
@@ -213,7 +228,10 @@ def answer_commands(answers_fd: int, answer: Callable[[dict[str, Any]], dict[str
             idle = {"idle_s": time.perf_counter() - waits_since, "idle_cpu_s": time.process_time() - cpu_before}
             try:
                 found = answer(command)
-            except (ValueError, OSError) as error:
+            except OSError as error:
+                ours = error.errno in SURROUNDINGS
+                found = {"errno": error.errno, "file": error.filename} if ours else {"refused": str(error)}
+            except ValueError as error:
                 found = {"refused": str(error)}
             except Exception as error:  # noqa: BLE001  the parent raises it, with the subject's name
                 found = {"failed": f"{type(error).__name__}: {error}"}

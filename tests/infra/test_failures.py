@@ -71,7 +71,15 @@ def test_a_home_that_cannot_be_written_is_our_surroundings_and_another_file_the_
     said = explain(refused(home / "scratch" / "tmp1"), tmp_path)
     assert said.startswith(f"{home} cannot be used: Permission denied ({home / 'scratch' / 'tmp1'})")
     assert explain(refused(tmp_path / "data.txt"), tmp_path) is None
-    assert "Read-only file system" in explain(OSError(errno.EROFS, "", str(tmp_path)), tmp_path)
+    assert "Read-only file system" in explain(OSError(errno.EROFS, "", str(home / "mlflow.db")), tmp_path)
+    assert explain(RuntimeError("(sqlite3.OperationalError) unable to open database file"), tmp_path).startswith(
+        str(home)
+    )
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EIO, "system's log"), (errno.EMFILE, "`ulimit -n`")])
+def test_a_disk_that_fails_and_a_system_without_open_files_are_named_wherever_it_happens(number, words, tmp_path):
+    assert words in explain(OSError(number, "", str(tmp_path / "x")), tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError("groups of 48 do not divide 64"), KeyError("oops"), OSError(2, "", "x")])

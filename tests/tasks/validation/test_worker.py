@@ -11,7 +11,7 @@ import pytest
 from tasks.validation import latency
 from tasks.validation.latency import Speed, Subject, measure_speed
 from tasks.validation.latency_worker import LatencyWorker
-from tasks.validation.worker import Worker, choose_cores
+from tasks.validation.worker import FAILURES, Worker, choose_cores
 
 OPTIONS = Speed(prompt_tokens=8, new_tokens=3, batch_sizes=(1,), num_blocks=4, num_batch_blocks=1, timeout_s=120)
 AFTER_TWO = """
@@ -59,6 +59,25 @@ def test_how_a_child_died_is_told(end, how):
     try:
         with pytest.raises(ChildProcessError, match=f"'short' .*{how}"):
             worker.ask(hello=1)
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(("number", "raised"), [("EIO", OSError), ("EMFILE", OSError), ("ENOENT", ValueError)])
+def test_a_disk_that_fails_is_not_laid_at_the_subjects_door(number, raised):
+    class Reading(Worker):
+        program = (
+            "import errno\nfrom tasks.validation.worker import answer_commands\n"
+            "def answer(command):\n"
+            f"    raise OSError(errno.{number}, 'no', 'model.onnx')\n"
+            "answer_commands({answers_fd}, answer)"
+        )
+
+    worker = Reading("int8", threads=1, timeout_s=60)
+    try:
+        with pytest.raises(raised, match=r"model\.onnx") as found:
+            worker.ask(hello=1)
+        assert isinstance(found.value, FAILURES) == (raised is ValueError)
     finally:
         worker.close()
 
