@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tasks.calibration.tokens import load_tokens
 
+ROWS_AT_ONCE = 8
+"""Positions compared at once: their log-probabilities stay in a core's cache."""
+
 logger = logging.getLogger("benchmark")
 
 
@@ -34,7 +37,8 @@ class Reference:
         self._log_probs: list[Tensor] = []
         self._likeliest: list[Tensor] = []
         nll = 0.0
-        for window, log_probs in zip(tokens, _log_probs(model, tokens), strict=True):
+        for window, logits in zip(tokens, _logits(model, tokens), strict=True):
+            log_probs = logits.log_softmax(1)
             self._log_probs.append(log_probs.half())
             self._likeliest.append(log_probs.argmax(1))
             nll -= float(log_probs.gather(1, window[1:, None]).double().sum())
@@ -48,11 +52,14 @@ class Reference:
         top1_agreement: fraction of them where both find the same token likeliest.
         """
         nll = kl = agreed = 0.0
-        for index, log_probs in enumerate(_log_probs(model, self.tokens)):
-            expected = self._log_probs[index].float()
-            nll -= float(log_probs.gather(1, self.tokens[index, 1:, None]).double().sum())
-            kl += float((expected.exp() * (expected - log_probs)).sum(1).double().sum())
-            agreed += int((self._likeliest[index] == log_probs.argmax(1)).sum())
+        for index, logits in enumerate(_logits(model, self.tokens)):
+            compared = logits, self.tokens[index, 1:], self._log_probs[index], self._likeliest[index]
+            rows = zip(*(torch.split(values, ROWS_AT_ONCE) for values in compared), strict=True)
+            for logits_here, labels, stored, likeliest in rows:
+                log_probs, expected = logits_here.log_softmax(1), stored.float()
+                nll -= float(log_probs.gather(1, labels[:, None]).double().sum())
+                kl += float((expected.exp() * (expected - log_probs)).sum(1).double().sum())
+                agreed += int((likeliest == log_probs.argmax(1)).sum())
         num_predicted = self.tokens[:, 1:].numel()
         return {
             "perplexity": math.exp(nll / num_predicted),
@@ -61,12 +68,11 @@ class Reference:
         }
 
 
-def _log_probs(model: PreTrainedModel, tokens: Tensor) -> Iterator[Tensor]:
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[Tensor]:
     """[length - 1, vocab_size] float32 of each window."""
     for window in tokens:
         with torch.inference_mode():
-            logits = model(window[None, :-1]).logits[0]
-            yield logits.log_softmax(1)
+            yield model(window[None, :-1]).logits[0]
 
 
 def load_weights_(model: PreTrainedModel, contender: Path) -> None:
