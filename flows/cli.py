@@ -383,8 +383,10 @@ def _end_orderly() -> None:
 def _connect() -> None:
     """Point Prefect and MLflow at the servers of `slimline up` when they run, else at files under the home."""
     from infra import services
+    from infra.failures import require_room
 
     home = settings().home
+    require_room(home)
     services.end_orphans(home)
     running = services.running(home)
     servers = {"PREFECT_API_URL": running.prefect_api_url} if running else {}

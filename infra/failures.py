@@ -25,6 +25,8 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Below the home they are our surroundings' fault; of any other file, that of what was asked for."""
 MIN_FREE_BYTES = 2**20
 """Less than this left counts as full where a library does not say why it could not write."""
+START_BYTES = 8 * 2**20
+"""Of the databases of a home; without room for them their libraries try again for minutes."""
 # What libraries without Python's errors say: Rust's and SQLite's words.
 SAID = {
     "No space left on device": errno.ENOSPC,
@@ -62,7 +64,8 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
         if number in BROKEN:
             return f"{os.strerror(number)}: {file or near}. {BROKEN[number]} {AGAIN}"
         home = settings().home
-        if number in REFUSED and (file is None or file.is_relative_to(home)):
+        in_words = not isinstance(each, OSError)  # of a database, and those lie in the home
+        if number in REFUSED and (in_words if file is None else file.is_relative_to(home)):
             where = f" ({file})" if file else ""
             return (
                 f"{home} cannot be used: {os.strerror(number)}{where}. Let this user write there, or set SLIMLINE_HOME "
@@ -78,6 +81,16 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
 def is_full(near: Path) -> bool:
     """Whether nothing of use can be written any more on the disk that holds `near`, or would."""
     return _free_bytes(near) < MIN_FREE_BYTES
+
+
+def require_room(home: Path) -> None:
+    """Refuses to begin where not even the databases have room.
+
+    Raises:
+        InfrastructureError: the disk is full.
+    """
+    if _free_bytes(home) < START_BYTES:
+        raise InfrastructureError(_full(FULL[errno.ENOSPC], None, home))
 
 
 def _full(what: str, file: Path | None, near: Path) -> str:

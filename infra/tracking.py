@@ -125,6 +125,7 @@ def _connect(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, with its traceback, what it raises
     if uri == _database_uri(settings().home):
         prepare_database(settings().home)
     return cast("MlflowClient", _Undisturbed(MlflowClient(uri)))
@@ -251,8 +252,8 @@ def flow_run(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Iterato
         if not silent_server(error):  # asking again would take minutes
             try:
                 end_flow(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
-            except Exception:
-                logger.warning("could not record that %s failed", name, exc_info=True)
+            except Exception as failed:  # noqa: BLE001 what ended the flow is raised
+                logger.warning("could not record that %s failed: %s", name, failed)
         raise
 
 

@@ -99,7 +99,7 @@ def rejected(bundle, fake_quantized, home) -> subprocess.CompletedProcess[str]:
         "candidates": {"any": {}},
         "engines": [{"engine": "onnxruntime", "precision": "float32"}],
         "data": DATA,
-        "validation": {"speed": {"prompt_tokens": 8, "new_tokens": 24, "batch_sizes": [1], "num_blocks": 6}},
+        "validation": {"speed": {"prompt_tokens": 32, "new_tokens": 16, "batch_sizes": [1], "num_blocks": 12}},
     }
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["--recipe", str(home / "recipe.yaml"), "--limit", "never_slower_than=[original]"]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from infra import failures
-from infra.failures import InfrastructureError, explain, silent_server
+from infra.failures import InfrastructureError, explain, require_room, silent_server
 from infra.settings import settings
 
 
@@ -56,6 +56,13 @@ def test_what_libraries_say_in_words_is_understood(error, tmp_path):
     assert explain(error, tmp_path).startswith("The disk is full")
 
 
+def test_a_run_does_not_begin_where_the_databases_have_no_room(home, monkeypatch):
+    require_room(home)
+    monkeypatch.setattr(failures, "_free_bytes", lambda place: 7 * 2**20)
+    with pytest.raises(InfrastructureError, match=r"The disk is full; there are 7\.0 MiB free at "):
+        require_room(home)
+
+
 def test_what_led_to_an_error_is_looked_at_but_not_what_was_handled(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped, unrelated = RuntimeError("could not save"), RuntimeError("a bug")
@@ -71,6 +78,7 @@ def test_a_home_that_cannot_be_written_is_our_surroundings_and_another_file_the_
     said = explain(refused(home / "scratch" / "tmp1"), tmp_path)
     assert said.startswith(f"{home} cannot be used: Permission denied ({home / 'scratch' / 'tmp1'})")
     assert explain(refused(tmp_path / "data.txt"), tmp_path) is None
+    assert explain(PermissionError(errno.EPERM, "Operation not permitted"), tmp_path) is None  # a call of the system's
     assert "Read-only file system" in explain(OSError(errno.EROFS, "", str(home / "mlflow.db")), tmp_path)
     assert explain(RuntimeError("(sqlite3.OperationalError) unable to open database file"), tmp_path).startswith(
         str(home)
