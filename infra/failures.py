@@ -60,7 +60,7 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
             return str(each)
         number, file = _errno_of(each)
         if number in FULL:
-            return _full(FULL[number], file, near)
+            return _full(number, file, near)
         if number in BROKEN:
             return f"{os.strerror(number)}: {file or near}. {BROKEN[number]} {AGAIN}"
         home = settings().home
@@ -74,7 +74,7 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
     if servers and (said := silent_server(error)):
         return said
     if not isinstance(error, ValueError) and is_full(near):
-        return _full(FULL[errno.ENOSPC], None, near)
+        return _full(errno.ENOSPC, None, near)
     return None
 
 
@@ -90,16 +90,18 @@ def require_room(home: Path) -> None:
         InfrastructureError: the disk is full.
     """
     if _free_bytes(home) < START_BYTES:
-        raise InfrastructureError(_full(FULL[errno.ENOSPC], None, home))
+        raise InfrastructureError(_full(errno.ENOSPC, None, home))
 
 
-def _full(what: str, file: Path | None, near: Path) -> str:
+def _full(number: int, file: Path | None, near: Path) -> str:
     home = settings().home
     place = file.parent if file else min((near, Path(tempfile.gettempdir())), key=_free_bytes)
     place = home if place.is_relative_to(home) else _existing(place)
-    told = f"{_free_bytes(place) / 2**20:,.1f} MiB free at {place}"
+    where = f" at {file}" if file else ""
+    left = f"{_free_bytes(place) / 2**20:,.1f} MiB are free at {place}"
+    more = ", and more was to be written" if number == errno.ENOSPC else ""  # what was half of it may be gone by now
     return (
-        f"{what}{f' at {file}' if file else ''}; there are {told}. Free some, or set SLIMLINE_HOME to a larger disk "
+        f"{FULL[number]}{where}; {left}{more}. Free some, or set SLIMLINE_HOME to a larger disk "
         f"(`slimline check` says how much a recipe needs). {AGAIN}"
     )
 

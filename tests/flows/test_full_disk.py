@@ -58,7 +58,7 @@ def test_a_flow_whose_disk_fills_up_ends_with_what_is_free_and_leaves_nothing_ha
     said = ran.stdout.splitlines()
     assert "exit code 1" in said, ran.stderr
     assert "error original/onnxruntime compile could not be finished. The disk is full" in ran.stderr
-    assert f"MiB free at {home}" in ran.stderr
+    assert f"MiB are free at {home}" in ran.stderr
     assert "REJECT" not in ran.stdout
     assert "Traceback" not in ran.stderr
     assert "left:" in said

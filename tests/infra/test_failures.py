@@ -33,7 +33,8 @@ def test_a_disk_without_room_is_named_with_what_is_free_and_what_to_do(number, w
     said = explain(OSError(number, os.strerror(number), str(tmp_path / "model.safetensors")), tmp_path)
     assert said.startswith(words)
     assert str(tmp_path / "model.safetensors") in said
-    assert f"MiB free at {tmp_path}. Free some, or set SLIMLINE_HOME" in said
+    assert f"MiB are free at {tmp_path}" in said
+    assert ". Free some, or set SLIMLINE_HOME" in said
     assert "finished stages are kept" in said
 
 
@@ -42,7 +43,7 @@ def test_an_error_without_a_file_names_the_fullest_disk_that_was_written_to(tmp_
     monkeypatch.setattr(failures, "_free_bytes", lambda place: free[str(place)])
     monkeypatch.setattr(failures, "_existing", lambda place: place)
     said = explain(OSError(errno.ENOSPC, "No space left on device"), Path("/small"))
-    assert said.startswith("The disk is full; there are 3.0 MiB free at /small. Free some")
+    assert said.startswith("The disk is full; 3.0 MiB are free at /small, and more was to be written. Free some")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_what_libraries_say_in_words_is_understood(error, tmp_path):
 def test_a_run_does_not_begin_where_the_databases_have_no_room(home, monkeypatch):
     require_room(home)
     monkeypatch.setattr(failures, "_free_bytes", lambda place: 7 * 2**20)
-    with pytest.raises(InfrastructureError, match=r"The disk is full; there are 7\.0 MiB free at "):
+    with pytest.raises(InfrastructureError, match=r"The disk is full; 7\.0 MiB are free at "):
         require_room(home)
 
 
