@@ -24,6 +24,7 @@ from tasks.validation.latency_worker import load
 
 WINDOWS = np.arange(40).reshape(2, 20)
 OPENVINO = OpenVino(precision="float32")
+QUICK = Tuning(prompt_tokens=8, new_tokens=4, num_rounds=3)
 
 
 class Session:
@@ -125,7 +126,7 @@ def test_a_tuned_bundle_is_loaded_as_tuned(engine: Engine, tiny_checkpoint: Path
     compile_engine(checkpoint=tiny_checkpoint, data=None, engine=engine, threads=1, out=tmp_path)
     assert read_manifest(tmp_path).tuned is None
 
-    found = tune_bundle(bundle=tmp_path, max_threads=2)
+    found = tune_bundle(bundle=tmp_path, max_threads=2, options=QUICK)
 
     manifest = read_manifest(tmp_path)
     assert manifest.tuned == found
@@ -136,9 +137,6 @@ def test_a_tuned_bundle_is_loaded_as_tuned(engine: Engine, tiny_checkpoint: Path
     session.close()
     facts = load_generator(tmp_path, threads=None).runtime.facts
     assert str(found.threads) in (facts.get("threads"), facts.get("inference_num_threads"))
-
-
-QUICK = Tuning(prompt_tokens=8, new_tokens=4, num_rounds=3)
 
 
 @pytest.fixture(scope="module")
