@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
     arguments = parser.parse_args()
+    if arguments.blocks < 2:
+        parser.error(f"argument --blocks: an interval needs at least 2 pairs; got {arguments.blocks}")
     data, bundles = prepare(arguments.out.absolute(), arguments.engines, arguments.threads)
     options = Speed(prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens)
     prompts, results = Prompts(data, options), {}
