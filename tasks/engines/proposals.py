@@ -1,8 +1,10 @@
 """Lossless acceleration: tokens that a lookup or a draft proposes, which the model checks in one pass.
 
 The model keeps the proposals that it would have written itself, so answers are what they are without, greedy or
-sampled: every token is chosen from the model's own logits, by the same random numbers. Whether proposing is worth its
-time is measured on the way, and where it is not, it pauses (`Pace`).
+sampled: every token is chosen from the model's own logits, by the same random numbers. (Where an engine rounds inputs,
+it rounds those of several tokens otherwise than those of one: still the model's own choice, another where two tokens
+are about as likely.) Whether proposing is worth its time is measured on the way, and where it is not, it pauses
+(`Pace`).
 
 Sources: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023, arXiv:2211.17192,
 with a proposal taken when the model's own choice equals it, which needs no probabilities of the draft; Saxena, "Prompt

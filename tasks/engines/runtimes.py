@@ -64,11 +64,12 @@ def _proposing(
             f"Tokens are proposed by a lookup or a draft with the engines 'onnxruntime' and 'openvino'; got "
             f"{engine.engine!r}. Leave both out, or compile for one of these."
         )
-    if engine.engine == "openvino" and (engine.activations == "int8" or engine.kv_cache != "float32"):
+    rounding = {name: getattr(engine, name, "float32") for name in ("activations", "kv_cache")}
+    if chosen := [f"`{name}: {value}`" for name, value in rounding.items() if value != "float32"]:
         logger.warning(
-            "OpenVINO rounds inputs (`activations: int8`) and the KV cache by what is read with them, so answers with "
-            "proposed tokens can part from those without where two tokens are about as likely. With `activations` and "
-            "`kv_cache` float32 they are the same."
+            "With %s several tokens read at once are rounded otherwise than one by one, so answers with proposed "
+            "tokens can part from those without where two tokens are about as likely. With float32 they are the same.",
+            " and ".join(chosen),
         )
     session = _rewindable(engine, bundle, threads)
     if draft:
