@@ -57,6 +57,7 @@ def main() -> None:
     loaded = {
         name: load_generator(arguments.bundle, threads=arguments.threads, **chosen) for name, chosen in options.items()
     }
+    rng = np.random.default_rng(0)  # who answers first
     columns = "text | proposals | time, plain / sped up | tokens per pass | accepted of proposed | same answers"
     lines = [f"| {columns} |", "|---|---|---|---|---|---|"]
     for kind in ("repeats", "prose", "sampled"):
@@ -66,7 +67,7 @@ def main() -> None:
         for number in range(arguments.rounds + 1):
             sampling = Sampling(max_new_tokens=arguments.new_tokens, temperature=float(kind == "sampled"), seed=number)
             for text in prompts(kind, number):
-                for name, generator in loaded.items():
+                for name, generator in rng.permutation(np.array(list(loaded.items()), dtype=object)):
                     started_at = time.perf_counter()
                     (answer,), work = generator.answer([generator.encode(text)], sampling)
                     if number:  # the first round warms up
