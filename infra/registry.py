@@ -212,7 +212,9 @@ def find_version(uri: str) -> "ModelVersion":
         return client().get_model_version(name, parsed["version"])
     except MlflowException as error:
         known = sorted(m.name for m in client().search_registered_models())
-        raise ValueError(f"There is no {uri}: {error.message} Registered: {', '.join(known) or 'nothing'}.") from None
+        raise ValueError(
+            f"There is no {uri}: {error.message.rstrip('.')}. Registered: {', '.join(known) or 'no model yet'}."
+        ) from None
 
 
 def fingerprint(uri: str) -> str:
