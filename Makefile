@@ -4,7 +4,7 @@
 #   TORCH_INDEX=https://...   where torch comes from, e.g. https://download.pytorch.org/whl/cpu
 #   RECIPE=recipes/....yaml   what `make run` and `make bench` work on
 #   ARGS=...                  handed on: make test ARGS="tests/tasks/pruning -x"
-#   JOBS=2                    test files of algorithms that run at a time; each takes up to 3 GiB and a core
+#   JOBS=2                    groups of tests that run at a time; each takes up to 3 GiB and a core
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
 JOBS ?= 2
@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check up down bench bench-quantization bench-engines test-real clean
+.PHONY: help install run test test-chain test-flows test-servers check up down bench bench-quantization bench-engines test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,8 +38,16 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 tests/tasks
-	$(BIN)/python -m pytest --ignore tests/tasks
+	+$(MAKE) --no-print-directory --jobs=$(JOBS) test-chain test-flows test-servers
 endif
+
+# One process each: their tests want signals, the environment and the databases of a home for themselves.
+test-chain:
+	$(BIN)/python -m pytest tests/flows/test_end_to_end.py
+test-flows:
+	$(BIN)/python -m pytest tests/flows --ignore tests/flows/test_end_to_end.py
+test-servers:
+	$(BIN)/python -m pytest tests --ignore tests/tasks --ignore tests/flows
 
 test-real: install ## what the suite leaves out: the default recipe on the real model (minutes)
 	$(BIN)/python -m pytest -m real $(ARGS)
