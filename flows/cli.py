@@ -188,7 +188,7 @@ def compile(
 BundleArgument = Annotated[str, typer.Argument(help="An engine bundle: a directory, or models:/NAME@ALIAS.")]
 LookupOption = Annotated[
     bool,
-    typer.Option("--lookup", help="Propose tokens by prompt lookup: sooner where text repeats, no slower elsewhere."),
+    typer.Option("--lookup", help="Propose tokens by prompt lookup: sooner where text repeats; it pauses where not."),
 ]
 DraftOption = Annotated[
     str | None, typer.Option(help="A smaller bundle of the same engine and tokenizer, which proposes tokens.")

@@ -29,6 +29,7 @@ def dropping_pages(file: Path) -> Iterator[None]:
 
     For a library that maps a model's weights and copies them, whose process would otherwise hold both. A page that is
     touched again is mapped again, out of the system's cache as a rule. Elsewhere than on Linux nothing happens.
+    The caller keeps what maps the file alive meanwhile: addresses that were given back may hold other memory.
     """
     ended = threading.Event()
 

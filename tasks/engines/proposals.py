@@ -198,16 +198,7 @@ class ProposingRuntime:
     def __init__(self, session: RewindableSession, proposer: Proposer, pace: Pace) -> None:
         self._session, self._proposer, self._pace = session, proposer, pace
         self._lock = threading.Lock()  # a session holds one text at a time
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence."""
-        return self._session.max_length
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the model computes in."""
-        return self._session.facts
+        self.max_length, self.facts = session.max_length, session.facts
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: frozenset[int], on_token: OnToken

@@ -112,16 +112,7 @@ class SessionRuntime:
         self._session = session
         self._batch_size = batch_size
         self._lock = threading.Lock()  # a session holds one batch at a time
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence."""
-        return self._session.max_length
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What it computes in."""
-        return self._session.facts
+        self.max_length, self.facts = session.max_length, session.facts
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: frozenset[int], on_token: OnToken

@@ -132,8 +132,7 @@ def gpu_states() -> tuple[str, ...]:
     if nvml is None:
         return ()
     states = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        device = nvml.nvmlDeviceGetHandleByIndex(index)
+    for device in gpus(nvml):
         mhz = nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
         celsius = nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
         watts = nvml.nvmlDeviceGetPowerUsage(device) / 1000
@@ -144,6 +143,11 @@ def gpu_states() -> tuple[str, ...]:
 def counted(num: int, what: str) -> str:
     """'1 GPU', '2 GPUs'."""
     return f"{num} {what}{'' if num == 1 else 's'}"
+
+
+def gpus(nvml: Any) -> list[Any]:
+    """Handles of all GPUs."""
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
 def load_nvml() -> Any | None:

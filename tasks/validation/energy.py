@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.validation.conditions import NO_NVML, counted, load_nvml
+from tasks.validation.conditions import NO_NVML, counted, gpus, load_nvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -50,8 +50,7 @@ def gpu_counters(nvml: Any | None) -> tuple[list[Any], str]:
     if nvml is None:
         return [], NO_NVML
     found = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+    for gpu in gpus(nvml):
         try:
             nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
         except nvml.NVMLError:

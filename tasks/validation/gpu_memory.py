@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.validation.conditions import NO_NVML, counted, load_nvml
+from tasks.validation.conditions import NO_NVML, counted, gpus, load_nvml
 
 PROC = Path("/proc")
 CUDA = "libcuda.so"
@@ -17,10 +17,7 @@ class GpuMemory:
     def __init__(self, nvml: Callable[[], Any | None] = load_nvml, proc: Path = PROC) -> None:
         self._nvml: Any = nvml()
         self._proc = proc
-        self._gpus: list[Any] = []
-        if self._nvml:
-            count = self._nvml.nvmlDeviceGetCount()
-            self._gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        self._gpus = gpus(self._nvml) if self._nvml else []
         self.says = f"NVML of {counted(len(self._gpus), 'GPU')}" if self._gpus else f"not measured: {NO_NVML}"
 
     @property

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.flows.command_line import ROOT, STDLIB, slimline
+
 INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "embeddings": {"bits": 8, "symmetric": True}}
 ONNXRUNTIME = {"engine": "onnxruntime", "precision": "float32"}
 MIXED = {
@@ -25,25 +26,12 @@ TUNING = {"prompt_tokens": 16, "new_tokens": 8, "num_rounds": 3}
 TRAINING = {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 2}
 
 
-def slimline(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 def recipe(tiny_checkpoint: Path, **changes) -> dict:
     return {
         "name": "tiny_cpu",
         "source": str(tiny_checkpoint),
         "data": {
-            "training": {"corpus": "stdlib", "content": "documentation"},
-            "calibration": {"corpus": "stdlib", "content": "documentation"},
-            "evaluation": {"corpus": "stdlib", "content": "documentation"},
+            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
             "sequence_length": 64,
             "evaluation_window": 64,
             "num_training_tokens": 20_000,

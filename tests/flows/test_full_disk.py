@@ -12,9 +12,7 @@ import yaml
 from flows import reporting
 from infra.artifacts import new_directory, publish
 from infra.settings import settings
-
-ROOT = Path(__file__).parents[2]
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
+from tests.flows.command_line import ROOT, STDLIB
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 """Engines under load through a whole flow, judged and drawn; and the version that it registered, validated by name."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
+from tests.flows.command_line import STDLIB, slimline
+
 LIMITS = {
     "capacity_requests_per_s": {"min": 0.2},
     "capacity_tokens_per_s": {"min": 0.5},
@@ -51,17 +49,6 @@ def recipe(source: Path) -> dict:
         },
         "register_as": "served",
     }
-
-
-def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def page_of(said: str) -> str:

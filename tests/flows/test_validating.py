@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,8 @@ import yaml
 from flows.validating import plan_validation
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine
+from tests.flows.command_line import STDLIB, slimline
 
-ROOT = Path(__file__).parents[2]
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
 DATA = {
     **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
     "sequence_length": 64,
@@ -27,17 +24,6 @@ DATA = {
     "num_calibration_sequences": 4,
     "num_evaluation_windows": 8,
 }
-
-
-def slimline(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.fixture(scope="module")

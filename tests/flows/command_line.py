@@ -1,0 +1,21 @@
+"""What tests of the command line share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STDLIB = {"corpus": "stdlib", "content": "documentation"}
+
+
+def slimline(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
