@@ -363,6 +363,26 @@ def status() -> None:
         typer.echo(f"Prefect  {found.prefect_url}\nMLflow   {found.mlflow_page}")
 
 
+@app.command()
+def doctor(
+    checks: Annotated[list[str] | None, typer.Argument(help="Only these; left out: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds, for each check.")] = 60.0,
+) -> None:
+    """Examine this deployment by real calls, and say what to do. Exit code 0: no problem was found, 1: one was."""
+    with _told():
+        from infra.doctor.examination import as_json as written
+        from infra.doctor.examination import examine, show
+
+        findings = examine(checks or [], timeout)
+        if as_json:
+            typer.echo(written(findings))
+        else:
+            show(findings)
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(Exit.FAILED)
+
+
 def _prepare(*models: str | None) -> None:
     """Ready to load bundles; the servers are asked only where one is a registered version."""
     if any(model and model.startswith("models:/") for model in models):

@@ -1,21 +1,28 @@
 """Directories in S3 and back: parallel, each file checked by size and checksum, never half of one at its name."""
 
+import email.utils
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from infra.settings import settings
 
 NUM_TRANSFERS = 8
 PART_BYTES = 64 * 2**20
 """Size of the parts of a multipart upload; the ETag that S3 gives depends on it."""
+
+MIN_PART_BYTES = 5 * 2**20
+"""S3 takes no smaller part, the last excepted."""
 
 SHA256 = "sha256"
 """User metadata of objects uploaded here: the SHA-256 of the whole file, which S3 itself keeps per part only."""
@@ -108,6 +115,70 @@ def fingerprint(uri: str) -> str:
     if not facts:
         raise FileNotFoundError(f"{uri} must hold files; there is nothing below that prefix in the bucket.")
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class Probe(NamedTuple):
+    """What writing to a store and reading from it showed. `skew_s`: by how much our clock is ahead of the store's."""
+
+    elapsed_s: float
+    multipart_mib: float
+    multipart_mib_per_s: float
+    skew_s: float | None
+
+
+def probe(uri: str) -> Probe:
+    """Write objects below the prefix `uri`, read them back, compare and remove them: a small one and one in two parts.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `download`.
+        OSError: the store gave back other bytes, or kept what was removed.
+    """
+    _boto3()
+    from botocore.exceptions import ClientError
+
+    bucket, prefix = _parse(uri)
+    key = "/".join(filter(None, [prefix, f".probe-{uuid.uuid4()}"]))
+    small, part = os.urandom(1024), os.urandom(MIN_PART_BYTES)
+    with _errors(uri):
+        client = _client()
+        _require_bucket(bucket)
+        started_at = time.monotonic()
+        stored = client.put_object(Bucket=bucket, Key=key, Body=small, ChecksumAlgorithm="SHA256")
+        date = stored["ResponseMetadata"]["HTTPHeaders"].get("date")
+        skew_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp() if date else None
+        try:
+            if client.get_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")["Body"].read() != small:
+                raise OSError(f"s3://{bucket}/{key} must be the bytes just written; the store gave others.")
+        finally:
+            client.delete_object(Bucket=bucket, Key=key)
+        try:
+            client.head_object(Bucket=bucket, Key=key)
+            raise OSError(f"s3://{bucket}/{key} was removed; the store still has it.")
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):  # 403: who may not list
+                raise
+        elapsed_s = time.monotonic() - started_at
+
+        started_at = time.monotonic()
+        upload_id = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        try:
+            sent = [
+                client.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=part)["ETag"]
+                for number in (1, 2)
+            ]
+            parts = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(sent, 1)]}
+            client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload=parts)
+        except BaseException:
+            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            raise
+        try:
+            second = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={MIN_PART_BYTES}-")["Body"].read()
+            if second != part:
+                raise OSError(f"s3://{bucket}/{key} must end in the part just written; the store gave other bytes.")
+        finally:
+            client.delete_object(Bucket=bucket, Key=key)
+        mib = 3 * MIN_PART_BYTES / 2**20  # two parts there, one back
+        return Probe(elapsed_s, 2 * MIN_PART_BYTES / 2**20, mib / (time.monotonic() - started_at), skew_s)
 
 
 def _parse(uri: str) -> tuple[str, str]:

@@ -5,10 +5,11 @@ Every setting is an environment variable with the prefix SLIMLINE_ (SLIMLINE_HOM
 
 import difflib
 import os
+import re
 from functools import cache
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SLIMLINE_"
@@ -38,6 +39,9 @@ class Settings(BaseSettings):
     prefect_api_url: str | None = Field(None, description="Prefect server; default: inside the process, no server.")
     s3_endpoint_url: str | None = Field(None, description="S3 endpoint, for stores other than AWS.")
     s3_region: str = "us-east-1"
+    redis_url: SecretStr | None = Field(
+        None, description="Redis that locks stages between machines, redis://...; default: files below the home."
+    )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
     @property
@@ -103,3 +107,13 @@ def environment(**changes: str | None) -> dict[str, str]:
     """A copy of the environment for a child process, with `changes`; None removes a variable."""
     merged = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
     return {k: v for k, v in merged.items() if changes.get(k, v) is not None}
+
+
+def outer(*names: str) -> str | None:
+    """The value of the first of these variables that is set: those of libraries, which have no prefix of ours."""
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def shown(url: str) -> str:
+    """The address without the password in it, for people, logs and tags."""
+    return re.sub(r"(://[^/@:]*):[^@/]*@", r"\1:***@", url)

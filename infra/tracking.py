@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, JsonValue
 from pydantic_core import to_jsonable_python
@@ -118,6 +118,51 @@ def client() -> "MlflowClient":
     if mlflow.get_registry_uri() != uri:
         mlflow.set_registry_uri(uri)
     return found
+
+
+class Answer(NamedTuple):
+    """What a server said to a request of ours."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: str
+
+
+def ask(uri: str, path: str, body: dict[str, JsonValue] | None = None, *, timeout_s: float) -> Answer:
+    """What the MLflow server at `uri` answers, called as MLflow's client calls it, whatever the status is.
+
+    The client's credentials and certificates are those of MLflow's environment variables.
+
+    Raises:
+        OSError: it cannot be reached, or not in time.
+    """
+    prepare_environment()
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    answer = http_request(
+        get_default_host_creds(uri),
+        path,
+        "GET" if body is None else "POST",
+        timeout=timeout_s,
+        max_retries=0,
+        raise_on_status=False,
+        **({} if body is None else {"json": body}),
+    )
+    return Answer(answer.status_code, answer.headers, answer.text)
+
+
+def server_version(uri: str, *, timeout_s: float) -> str:
+    """MLflow's version at the server."""
+    return ask(uri, "/version", timeout_s=timeout_s).body.strip()
+
+
+def expected_schema() -> str:
+    """The revision of a tracking database that the installed MLflow works with."""
+    prepare_environment()
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return str(_get_latest_schema_revision())
 
 
 @cache
