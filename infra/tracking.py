@@ -137,18 +137,24 @@ def ask(uri: str, path: str, body: dict[str, JsonValue] | None = None, *, timeou
         OSError: it cannot be reached, or not in time.
     """
     prepare_environment()
+    from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer = http_request(
-        get_default_host_creds(uri),
-        path,
-        "GET" if body is None else "POST",
-        timeout=timeout_s,
-        max_retries=0,
-        raise_on_status=False,
-        **({} if body is None else {"json": body}),
-    )
+    try:
+        answer = http_request(  # type: ignore[no-untyped-call]
+            get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+            path,
+            "GET" if body is None else "POST",
+            timeout=timeout_s,
+            max_retries=0,
+            raise_on_status=False,
+            **({} if body is None else {"json": body}),
+        )
+    except MlflowException as error:
+        if isinstance(error.__context__, OSError):  # requests' own, which says more
+            raise error.__context__ from None
+        raise
     return Answer(answer.status_code, answer.headers, answer.text)
 
 
@@ -162,7 +168,7 @@ def expected_schema() -> str:
     prepare_environment()
     from mlflow.store.db.utils import _get_latest_schema_revision
 
-    return str(_get_latest_schema_revision())
+    return str(_get_latest_schema_revision())  # type: ignore[no-untyped-call]
 
 
 @cache

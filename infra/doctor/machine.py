@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib
 import importlib.util
 import os
 import re
@@ -23,12 +24,12 @@ from packaging.utils import canonicalize_name
 
 from infra.doctor.finding import Finding, ok, problem, skipped, warning
 from infra.failures import START_BYTES
-from infra.services import orphans
 from infra.settings import environment, settings
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
 MIB = 2**20
+MIN_OPEN_FILES = 1024
 LOW_DISK_BYTES = 5 * GIB
 """What the default recipe writes, with room for a second model of its size."""
 LOW_MEMORY_BYTES = GIB
@@ -197,7 +198,7 @@ def home() -> Iterator[Finding]:
 
 def _user() -> str:
     try:
-        return psutil.Process().username()
+        return str(psutil.Process().username())
     except (psutil.Error, KeyError):  # a container's user need not have a name
         return str(os.getuid())
 
@@ -300,9 +301,7 @@ def gpu(nvml: Callable[[], ModuleType] | None = None) -> Iterator[Finding]:
 
 
 def _nvml() -> ModuleType:
-    import pynvml
-
-    return pynvml
+    return importlib.import_module("pynvml")
 
 
 def _gpus(nvml: Any) -> Iterator[Finding]:
@@ -342,19 +341,15 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def processes() -> Iterator[Finding]:
-    """What killed runs left behind."""
-    left = orphans(settings().home)
-    if left:
-        pids = [str(process.pid) for process in left]
-        yield warning(
-            "processes", f"{len(left)} of killed runs still run ({_some(pids)})", "The next `slimline run` ends them"
-        )
-    else:
-        yield ok("processes", "none is left of an earlier run")
+def limits() -> Iterator[Finding]:
+    """What the system lets one process have."""
     soft = _open_files()
-    if soft is not None and soft < 1024:
+    if soft is None:
+        yield skipped("open files", "this system does not tell")
+    elif soft < MIN_OPEN_FILES:
         yield warning("open files", f"a process may open {soft}", "Raise it: ulimit -n 4096, LimitNOFILE= of systemd")
+    else:
+        yield ok("open files", f"a process may open {soft}")
 
 
 def _open_files() -> int | None:

@@ -291,7 +291,7 @@ def _pool(client: "SyncPrefectClient", name: str, pool: dict[str, Any] | None) -
         return problem(title, "is paused: its runs wait", f"prefect work-pool resume {name}")
     if pool["type"].endswith(":push") or pool["type"].endswith(":managed"):
         return ok(title, f"of type {pool['type']}, which needs no worker")
-    workers = _all(client, f"/work_pools/{name}/workers/filter")
+    workers = _all(client, "/work_pools/{work_pool_name}/workers/filter", work_pool_name=name)
     online = sorted(worker["name"] for worker in workers if worker["status"] == "ONLINE")
     if not online:
         seen = max((str(worker["last_heartbeat_time"]) for worker in workers), default="never")[:19]
@@ -327,11 +327,12 @@ def slots(client: "SyncPrefectClient") -> Iterator[Finding]:
         yield ok("slots", f"{', '.join(limit['name'] for limit in ours) or 'of deployments only'}; {taken}")
 
 
-def _all(client: "SyncPrefectClient", path: str) -> list[dict[str, Any]]:
+def _all(client: "SyncPrefectClient", path: Any, **path_params: str) -> list[dict[str, Any]]:
     """Everything a filter lists, page by page."""
     found: list[dict[str, Any]] = []
     while True:
-        page = client.request("POST", path, json={"limit": 200, "offset": len(found)}).json()
+        body = {"limit": 200, "offset": len(found)}
+        page = client.request("POST", path, path_params=path_params, json=body).json()
         found += page
         if len(page) < 200:
             return found

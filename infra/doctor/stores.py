@@ -7,52 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.doctor.finding import Finding, ok, problem, skipped
-from infra.doctor.servers import MAX_SKEW_S
 from infra.settings import outer, settings, shown
 
 ANSWER_S = 10.0
 S3_MAX_SKEW_S = 15 * 60
 """S3 refuses requests signed by a clock that is further off."""
 REVISION = "SELECT version_num FROM alembic_version"
-
-
-def store() -> Iterator[Finding]:
-    """Whether artifacts can be written to the store, read back as they were, and removed."""
-    from infra import s3
-
-    name, uri = "store", settings().s3_region
-    if uri is None:
-        yield skipped(name, f"no S3 is set (SLIMLINE_STORE): artifacts lie in {settings().home / 'artifacts'}")
-        return
-    endpoint = settings().s3_endpoint_url or outer("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "AWS"
-    try:
-        probe = s3.probe(uri)
-    except FileNotFoundError as error:
-        yield problem(name, str(error), "Create the bucket, or correct SLIMLINE_STORE")
-    except PermissionError as error:
-        yield problem(
-            name,
-            str(error),
-            "The account needs s3:ListBucket on the bucket and s3:GetObject, PutObject, DeleteObject and "
-            "AbortMultipartUpload below the prefix",
-        )
-    except ConnectionError as error:
-        yield problem(name, str(error), "Start the store, or correct SLIMLINE_S3_ENDPOINT_URL")
-    except (OSError, ValueError) as error:
-        yield problem(name, str(error), f"See the store's own log; the endpoint is {shown(endpoint)}")
-    else:
-        if probe.skew_s is not None and abs(probe.skew_s) > MAX_SKEW_S:
-            yield problem(
-                "clock",
-                f"this machine is {abs(probe.skew_s):,.0f} s {'ahead of' if probe.skew_s > 0 else 'behind'} the store, "
-                f"which refuses requests that are {S3_MAX_SKEW_S} s off",
-                "Set both clocks by NTP: timedatectl set-ntp true",
-            )
-        yield ok(
-            name,
-            f"{uri} at {shown(endpoint)}: written, read, checked and removed in {1000 * probe.elapsed_s:,.0f} ms; "
-            f"{probe.multipart_mib:.0f} MiB in parts at {probe.multipart_mib_per_s:,.0f} MiB/s",
-        )
 
 
 def redis() -> Iterator[Finding]:

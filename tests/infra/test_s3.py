@@ -165,3 +165,21 @@ def test_a_location_that_is_none(uri: str, tmp_path: Path) -> None:
 def test_an_empty_directory_is_not_uploaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold files"):
         s3.upload(tmp_path, "s3://models/teacher")
+
+
+def test_probe_leaves_nothing_behind(client: Any) -> None:
+    found = s3.probe("s3://models/doctor")
+    assert found.multipart_mib == 10
+    assert found.skew_s is not None
+    assert abs(found.skew_s) < 5
+    assert not s3.exists("s3://models/doctor")
+    assert "Uploads" not in client.list_multipart_uploads(Bucket="models")
+
+
+def test_probe_says_what_is_refused(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="The bucket 'nowhere' must exist"):
+        s3.probe("s3://nowhere/doctor")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3._client.cache_clear()
+    with pytest.raises(PermissionError, match="refuses access to s3://models/doctor"):
+        s3.probe("s3://models/doctor")

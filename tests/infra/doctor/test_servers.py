@@ -1,23 +1,28 @@
 """What `slimline doctor` says of servers: real ones, and what a proxy before them does to their answers."""
 
+import contextlib
 import http.client
 import http.server
 import json
 import os
+import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from pathlib import Path
-from time import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from infra import services
+from infra import services, tracking
 from infra.doctor import servers, stores
 from infra.doctor.examination import examine
 from infra.doctor.finding import Finding
@@ -25,16 +30,14 @@ from infra.settings import settings, shown
 
 pytestmark = pytest.mark.servers
 
-FORMS = """
-from prefect import flow
+SERVED = """
+from prefect import flow, serve
 
 @flow
 def hello() -> None: ...
 
-deployment = hello.to_deployment("start")
-deployment.entrypoint = "flows.start.start"
-deployment.work_pool_name = "cpu"
-deployment.apply()
+if __name__ == "__main__":
+    serve(hello.to_deployment("hello"))
 """
 
 
@@ -45,14 +48,15 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stack(home):
-    """The servers of `slimline up` with its deployments."""
+    """The servers of `slimline up`, with a deployment of somebody else's."""
+    (home / "served.py").write_text(SERVED)
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("SLIMLINE_", "PREFECT_", "MLFLOW_"))]:
             patch.delenv(name)
         patch.setenv("SLIMLINE_HOME", str(home))
         settings.cache_clear()
         try:
-            yield services.up(home)
+            yield services.up(home, deployments=[sys.executable, str(home / "served.py")])
         finally:
             services.down(home)
             settings.cache_clear()
@@ -87,7 +91,7 @@ def proxy(target: str, *, host: str | None = None, change: Callable[[str, int, b
     class Handler(http.server.BaseHTTPRequestHandler):
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {**self.headers, "Host": host or where.netloc}
+            headers = {**self.headers, "Host": host or where.netloc, "Accept-Encoding": "identity"}
             connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=30)
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
@@ -115,11 +119,16 @@ def proxy(target: str, *, host: str | None = None, change: Callable[[str, int, b
         server.server_close()
 
 
-@pytest.fixture
-def closed_port() -> str:
+def closed() -> str:
+    """The address of a port where nobody listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def closed_port() -> str:
+    return closed()
 
 
 def test_nothing_configured_is_nothing_wrong(environ, tmp_path):
@@ -129,35 +138,61 @@ def test_nothing_configured_is_nothing_wrong(environ, tmp_path):
     assert "runs are kept in sqlite" in first(iter(found), "mlflow").says
 
 
-def test_running_stack_is_well(stack, environ):
+def post(url: str, body: object, method: str = "POST") -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        return json.loads(answer.read() or "{}")
+
+
+def test_running_servers_are_well_and_what_they_lack_is_told(stack, environ):
     found = examine(["mlflow", "prefect", "databases", "network"])
-    assert [finding for finding in found if finding.state not in ("ok", "skipped")] == []
-    names = {finding.name: finding.says for finding in found}
-    assert {"mlflow", "prefect", "deployments", "database of mlflow", "database of prefect"} <= names.keys()
-    assert "start" in names["deployments"]
+    states = {finding.name: finding.state for finding in found}
+    assert states == {
+        "mlflow": "ok",
+        "prefect": "ok",
+        "deployments": "problem",
+        "slots": "skipped",
+        "database of mlflow": "ok",
+        "database of prefect": "ok",
+        "names": "skipped",
+        "encryption": "skipped",
+    }
+    assert "prefect --no-prompt deploy --all" in first(iter(found), "deployments").remedy
 
 
-def test_slot_that_no_run_holds_is_found_and_the_remedy_frees_it(stack, environ):
-    environ(PREFECT_API_URL=stack.prefect_api_url)
-    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-    subprocess.run([*prefect, "gcl", "create", "gpu", "--limit", "2", "--active-slots", "1"], check=True)
-    found = first(iter(examine(["prefect"])), "slots")
-    assert (found.state, found.says) == ("problem", "gpu (1 of 2) are held and no flow runs")
-    remedy = found.remedy.removeprefix("Free them: ").partition(";")[0].split()
-    subprocess.run([sys.executable, "-m", *remedy], check=True)
-    assert first(iter(examine(["prefect"])), "slots").state == "ok"
+def test_pools_and_slots_are_told_and_the_remedies_work(stack, environ):
+    api = stack.prefect_api_url
+    environ(PREFECT_API_URL=api)
+    post(f"{api}/work_pools/", {"name": "cpu", "type": "process"})
+    flow = post(f"{api}/flows/", {"name": "start"})
+    wanted = {"name": "start", "flow_id": flow["id"], "entrypoint": "flows.start.start", "work_pool_name": "cpu"}
+    post(f"{api}/deployments/", wanted)
+    post(f"{api}/v2/concurrency_limits/", {"name": "gpu", "limit": 2, "active_slots": 1})
+    found = {finding.name: finding for finding in examine(["prefect"])}
+    assert found["deployments"].says == "start"
+    assert "no worker polls it (last seen: never)" in found["pool cpu"].says
+    assert found["slots"].says == "gpu (1 of 2) are held and no flow runs"
 
+    freeing = found["slots"].remedy.removeprefix("Free them: ").partition(";")[0].split()
+    subprocess.run([sys.executable, "-m", *freeing], check=True)
+    starting = found["pool cpu"].remedy.removeprefix("Start one: ").split()
+    environ(PREFECT_WORKER_WEBSERVER_PORT=str(urlsplit(closed()).port))
+    worker = subprocess.Popen([sys.executable, "-m", *starting], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not post(f"{api}/work_pools/cpu/workers/filter", {}):
+            assert time.monotonic() < deadline, "the worker did not begin to poll"
+            time.sleep(0.5)
+        found = {finding.name: finding for finding in examine(["prefect"])}
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+    assert (found["pool cpu"].state, found["slots"].state) == ("ok", "ok")
+    assert "1 worker" in found["pool cpu"].says
 
-def test_pool_without_a_worker_is_a_problem(stack, environ):
-    environ(PREFECT_API_URL=stack.prefect_api_url)
-    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-    subprocess.run([*prefect, "work-pool", "create", "cpu", "--type", "process"], check=True)
-    subprocess.run([sys.executable, "-c", FORMS], check=True)
-    found = first(iter(examine(["prefect"])), "pool cpu")
-    assert found.state == "problem"
-    assert "no worker polls it (last seen: never)" in found.says
-    assert "prefect worker start --pool cpu" in found.remedy
-    subprocess.run([*prefect, "work-pool", "pause", "cpu"], check=True)
+    post(f"{api}/work_pools/cpu", {"is_paused": True}, method="PATCH")
     assert first(iter(examine(["prefect"])), "pool cpu").says == "is paused: its runs wait"
 
 
@@ -205,7 +240,7 @@ def test_server_of_another_version_is_a_problem(stack, environ):
 
 
 def test_clock_that_differs_is_a_problem(stack, environ):
-    with proxy(stack.mlflow_url, date=formatdate(time() - 3600, usegmt=True)) as address:
+    with proxy(stack.mlflow_url, date=formatdate(time.time() - 3600, usegmt=True)) as address:
         environ(SLIMLINE_TRACKING_URI=address)
         found = first(servers.mlflow(), "clock")
         assert "3,60" in found.says
@@ -220,13 +255,17 @@ def test_something_else_that_listens_there_is_no_mlflow(stack, environ):
     assert "Is it MLflow's server" in found.remedy
 
 
-def test_database_that_was_not_migrated_is_a_problem(environ, tmp_path):
-    environ(MLFLOW_BACKEND_STORE_URI=f"sqlite:///{tmp_path / 'empty.db'}", SLIMLINE_HOME=str(tmp_path))
-    found = first(stores.databases(), "database of mlflow")
-    assert found.state == "problem"
-    assert "mlflow db upgrade" in found.remedy
-    subprocess.run(found.remedy.partition(": ")[2].split(), check=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # fmt: skip
-    assert first(stores.databases(), "database of mlflow").state == "ok"
+def test_database_that_was_not_migrated_is_a_problem(stack, environ, home, tmp_path):
+    shutil.copy(home / "mlflow.db", tmp_path / "older.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "older.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'older'")
+    environ(MLFLOW_BACKEND_STORE_URI=f"sqlite:///{tmp_path / 'older.db'}", SLIMLINE_HOME=str(tmp_path))
+    (found,) = stores.databases()
+    assert f"older.db is at older; the mlflow installed here expects {tracking.expected_schema()}" in found.says
+    assert f"mlflow db upgrade sqlite:///{tmp_path / 'older.db'}" in found.remedy
+    environ(MLFLOW_BACKEND_STORE_URI=f"sqlite:///{tmp_path / 'empty.db'}")
+    (found,) = stores.databases()
+    assert "is empty: its tables were never made" in found.says
 
 
 def test_secrets_that_would_travel_unencrypted_are_told(environ, tmp_path):
