@@ -2,6 +2,7 @@
 
 from flows.pipeline import Products, baselines, is_candidate
 from flows.recipe import Recipe
+from infra.artifacts import fetch
 from tasks.validation.benchmarks.measuring import BenchmarkSummary
 from tasks.validation.benchmarks.measuring import measured as measured_benchmark
 from tasks.validation.cost import measured as measured_cost
@@ -37,7 +38,7 @@ def original_size_bytes(products: Products) -> int:
 def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> SpeedSummary | None:
     """What all measurements together say of the engines' speed."""
     stages = [products.speed, *(again.speed for again in products.rounds)]
-    measurements = [(s.artifact.path, SpeedSummary.model_validate(s.metrics)) for s in stages if s]
+    measurements = [(fetch(s.artifact), SpeedSummary.model_validate(s.metrics)) for s in stages if s]
     options = recipe.validation.speed
     if not measurements or options is None:
         return None
@@ -54,7 +55,7 @@ def quality_of_all(recipe: Recipe, products: Products, confidence: float = CONFI
         if len(stages) == 1 and confidence == CONFIDENCE:
             found[key] = QualitySummary.model_validate(stage.metrics)
         else:
-            paths = [each.artifact.path for each in stages]
+            paths = [fetch(each.artifact) for each in stages]
             found[key] = pooled_quality(paths, seed=recipe.validation.quality.seed, confidence=confidence)
     return found
 

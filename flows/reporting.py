@@ -22,6 +22,7 @@ from flows.outcome import Outcome
 from flows.pipeline import Products
 from flows.recipe import Candidate, Recipe
 from flows.running import StageRecord
+from infra.artifacts import fetch
 from infra.hardware import hardware, versions
 from infra.registry import Version
 from infra.settings import settings
@@ -338,7 +339,7 @@ def _distributions(products: Products) -> list[Distribution]:
     if stage is None or speed is None:
         return []
     found = []
-    for subject, timings in sorted(read_timings(stage.artifact.path, speed).items()):
+    for subject, timings in sorted(read_timings(fetch(stage.artifact), speed).items()):
         times = {
             "ttft_ms": timings.ttft_ms(),
             "tpot_ms": timings.tpot_ms(),
@@ -351,7 +352,7 @@ def _distributions(products: Products) -> list[Distribution]:
 
 
 def _data_sets(recipe: Recipe, data: StageResult) -> list[DataSet]:
-    found = load_record(data.artifact.path)["roles"]
+    found = load_record(fetch(data.artifact))["roles"]
     return [
         DataSet(
             role=role,

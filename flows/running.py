@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 
 from infra.artifacts import exists
+from infra.caching import shared_results
 from infra.console import console
 from infra.failures import InfrastructureError, explain
 from infra.isolation import StageError
@@ -43,7 +44,8 @@ class Runner:
         title = f"{label} {task.name}".strip()
         started_at = time.monotonic()
         try:
-            state = task(**arguments, parent=self.parent, label=label, return_state=True)
+            with shared_results():
+                state = task(**arguments, parent=self.parent, label=label, return_state=True)
             cached = state.name == "Cached"
             result: StageResult = state.result()
         except StageError as error:
@@ -55,7 +57,9 @@ class Runner:
             raise
         if not exists(result.artifact):
             console.print(f"  {title}: the files of the earlier result are gone; running the stage again")
-            result, cached = task.with_options(refresh_cache=True)(**arguments, parent=self.parent, label=label), False
+            with shared_results():
+                result = task.with_options(refresh_cache=True)(**arguments, parent=self.parent, label=label)
+            cached = False
         record = StageRecord(
             title=title,
             cached=cached,

@@ -19,6 +19,7 @@ from flows.pipeline import ORIGINAL, Products, Run, begin, measure_answers, meas
 from flows.recipe import Recipe, RecipeError, parse
 from flows.reporting import publish_artifacts, publish_report, report_data
 from flows.running import Runner
+from infra.artifacts import fetch
 from infra.console import console
 from infra.tracking import StageResult, end_flow, flow_run
 from tasks.bundle import import_bundle
@@ -104,7 +105,7 @@ def validate(recipe: Recipe, bundle: str, directory: str, command: str) -> Outco
         rows = tuple(row.model_copy(update={"steps": bundle}) for row in found.rows)
         told: dict[str, Any] = {"rows": rows, "command": command, "register_note": "Validating registers nothing."}
         if products.original.kind == "engine":
-            path = products.original.artifact.path
+            path = fetch(products.original.artifact)
             told["original_engine"] = title(settings_here(path, read_manifest(path))[0])
         found = found.model_copy(update=told)
         outcome = publish_report(found, None, parent, elapsed_s=time.monotonic() - started_at)

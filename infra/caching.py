@@ -6,8 +6,12 @@ through imports) and the versions of the libraries it computes with.
 """
 
 import ast
+import asyncio
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +19,18 @@ from typing import Any
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultStore
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+from infra import s3
 from infra.artifacts import Artifact
 from infra.hardware import hardware, versions
 from infra.settings import settings
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 OURS = ("flows", "tasks", "infra")
@@ -127,13 +135,67 @@ def stage_policy(module: str, *libraries: str, measured: bool = False) -> CacheK
     return CacheKeyFnPolicy(cache_key_fn=key)
 
 
+class StoredResults(WritableFileSystem):
+    """Prefect's records of results in the bucket of the artifacts they name, as JSON.
+
+    A block of our own rather than prefect-aws's: it has the artifacts' retries, encryption and settings, and there is
+    no block to save in every Prefect server and no key in its database.
+    """
+
+    _block_type_name = "Slimline results"
+
+    uri: str
+
+    # Prefect calls these when it is not asynchronous, and says so by `_sync`.
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
+        found = s3.read(f"{self.uri}/{path}")
+        if found is None:
+            raise FileNotFoundError(f"There is no result {path} at {self.uri}.")
+        return found
+
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
+        try:
+            s3.write(f"{self.uri}/{path}", content)
+        except Exception as error:  # Prefect goes on without a word
+            logger.warning("the result %s could not be kept, so that the stage will be run again: %s", path, error)
+            raise
+
+    async def aread_path(self, path: str) -> bytes:
+        return await asyncio.to_thread(self.read_path, path)
+
+    async def awrite_path(self, path: str, content: bytes) -> None:
+        await asyncio.to_thread(self.write_path, path, content)
+
+    def _resolve_path(self, path: str) -> None:
+        """Prefect asks blocks that it has not saved for the path of a key. Keys are names here."""
+
+
+def _result_storage() -> WritableFileSystem | None:
+    """Where results are kept; None: where Prefect keeps them by default, which is in the home."""
+    store = settings().store
+    return StoredResults(uri=f"{store}/results") if store else None
+
+
+@contextmanager
+def shared_results() -> Iterator[None]:
+    """Within, in a flow, tasks find and keep their results in the store, so that other machines find them too."""
+    context = FlowRunContext.get()
+    storage = _result_storage()
+    if context is None or storage is None:
+        yield
+        return
+    results = context.result_store.model_copy(update={"result_storage": storage})
+    with context.model_copy(update={"result_store": results}):
+        yield
+
+
 def earlier_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
     """The result that calling `task` with `arguments` would be served from the cache, or None if it would run."""
     policy = task.cache_policy
     assert isinstance(policy, CacheKeyFnPolicy)
     assert policy.cache_key_fn
     key = policy.cache_key_fn(SimpleNamespace(task=task), arguments)  # type: ignore[arg-type]
-    store = ResultStore().update_for_task(task, _sync=True)  # type: ignore[call-arg]
+    store = ResultStore(result_storage=_result_storage()).update_for_task(task, _sync=True)  # type: ignore[call-arg]
     assert isinstance(store, ResultStore)  # _sync
     if not key or not store.exists(key):
         return None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from infra.artifacts import fetch
 from infra.hardware import versions
 from infra.settings import settings
 from infra.tracking import Parent, StageResult, client, stage_run
@@ -138,7 +139,7 @@ def _create(
                 run_id=run.run_id,
                 model_id=logged.model_id,
                 python_model=str(python_model),
-                artifacts={"bundle": str(bundle.artifact.path)},
+                artifacts={"bundle": str(fetch(bundle.artifact))},
                 code_paths=[str(path) for path in code_paths],
                 signature=_signature(),
                 # Inferring them would load the model and ask the package index.

@@ -8,8 +8,9 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SLIMLINE_"
@@ -37,12 +38,34 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".slimline"), description="Everything Slimline writes: artifacts, databases, logs.")
     tracking_uri: str | None = Field(None, description="MLflow server; default: <home>/mlflow.db, no server.")
     prefect_api_url: str | None = Field(None, description="Prefect server; default: inside the process, no server.")
+    store: str | None = Field(
+        None,
+        pattern=r"^s3://[^/]+(/[^/]+)*/?$",
+        description="Where artifacts and results of stages are kept: s3://BUCKET/PREFIX; default: <home>.",
+    )
+    cache_gib: float | None = Field(None, gt=0, description="Copies of a remote store's artifacts below the home; 100.")
     s3_endpoint_url: str | None = Field(None, description="S3 endpoint, for stores other than AWS.")
-    s3_region: str = "us-east-1"
     redis_url: SecretStr | None = Field(
         None, description="Redis that locks stages between machines, redis://...; default: files below the home."
     )
+    s3_region: str | None = Field(None, description="Default: AWS_REGION, AWS's configuration, or us-east-1.")
+    s3_sse: Literal["AES256", "aws:kms"] | None = Field(None, description="Encryption by the server of what is sent.")
+    s3_sse_kms_key_id: str | None = Field(None, description="Key for aws:kms; default: the account's.")
+    s3_retry_s: float = Field(120, ge=0, description="For how long a request that fails for now is asked again.")
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
+
+    @field_validator("store")
+    @classmethod
+    def _without_slash(cls, store: str | None) -> str | None:
+        return store and store.rstrip("/")
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.cache_gib is not None and not self.store:
+            raise ValueError("SLIMLINE_CACHE_GIB limits copies of a remote store; set SLIMLINE_STORE, or unset it.")
+        if self.s3_sse_kms_key_id and self.s3_sse != "aws:kms":
+            raise ValueError("SLIMLINE_S3_SSE_KMS_KEY_ID needs SLIMLINE_S3_SSE=aws:kms; set that, or unset it.")
+        return self
 
     @property
     def num_threads(self) -> int:
@@ -61,7 +84,12 @@ def settings() -> Settings:
     try:
         found = Settings()
     except ValidationError as error:
-        problems = "; ".join(f"SLIMLINE_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"SLIMLINE_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
         raise ValueError(f"The environment holds a setting that cannot be used: {problems}") from None
     return found.model_copy(update={"home": found.home.resolve()})
 

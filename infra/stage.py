@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from infra.artifacts import new_directory, publish
+from infra.artifacts import fetch, new_directory, publish
 from infra.console import stage_progress
 from infra.isolation import run_isolated
 from infra.settings import settings
@@ -40,7 +40,8 @@ def run_stage(
     Args:
         stage: the stage's name in MLflow and on the terminal.
         function: "package.module:name"; gets `arguments` and `out`, an empty directory.
-        inputs: earlier results it works on; lineage leads to them.
+        inputs: earlier results it works on, which are fetched, so that `arguments` may name their paths; lineage leads
+            to them.
         params: what to show as the run's parameters.
         result: the model that the function returns; its figures become metrics.
         kind: what the published directory is: checkpoint, data, engine, measurement.
@@ -54,6 +55,8 @@ def run_stage(
         StageError: it failed, crashed, or took too long.
         InfrastructureError: not the stage failed, but the disk.
     """
+    for each in inputs:
+        fetch(each.artifact)
     out = new_directory()
     if work_dir:
         work_dir.mkdir(parents=True, exist_ok=True)

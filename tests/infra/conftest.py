@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,36 @@ def _free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
+@pytest.fixture
+def client(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The client that the code under test uses, with an empty bucket `models`; the home is below `tmp_path`."""
+    from infra import s3
+    from infra.settings import settings
+
+    def forget() -> None:
+        settings.cache_clear()
+        s3._client.cache_clear()
+
+    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SLIMLINE_S3_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget()
+    found = s3._client()
+    if "models" not in {bucket["Name"] for bucket in found.list_buckets()["Buckets"]}:
+        found.create_bucket(Bucket="models")
+    yield found
+    # Emptied and not deleted: a server needs a second or two for each new bucket.
+    for item in found.list_objects_v2(Bucket="models").get("Contents", []):
+        found.delete_object(Bucket="models", Key=item["Key"])
+    for upload in found.list_multipart_uploads(Bucket="models").get("Uploads", []):
+        found.abort_multipart_upload(Bucket="models", Key=upload["Key"], UploadId=upload["UploadId"])
+    forget()
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A SeaweedFS server in a process group of its own, which ends with the fixture."""
@@ -54,7 +85,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
     names += ["s3.port", "s3.port.grpc"]
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={home}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    options = [
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={home}",
+        "-volume.max=200",
+        "-master.volumeSizeLimitMB=256",
+    ]
     options += ["-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false", f"-s3.config={home / 'identities.json'}"]
     options += [f"-{name}={port}" for name, port in ports.items()]
     log = home / "log.txt"

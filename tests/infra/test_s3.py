@@ -1,6 +1,5 @@
 """Directories in a real S3 server and back, and what users read when it does not work."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +9,6 @@ from infra import s3
 from infra.settings import settings
 
 pytestmark = pytest.mark.servers
-
-
-def _forget() -> None:
-    settings.cache_clear()
-    s3._client.cache_clear()
-
-
-@pytest.fixture
-def client(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """The client that the code under test uses, with an empty bucket `models`."""
-    monkeypatch.setenv("SLIMLINE_S3_ENDPOINT_URL", s3_server.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    _forget()
-    found = s3._client()
-    found.create_bucket(Bucket="models")
-    yield found
-    for item in found.list_objects_v2(Bucket="models").get("Contents", []):
-        found.delete_object(Bucket="models", Key=item["Key"])
-    found.delete_bucket(Bucket="models")
-    _forget()
 
 
 @pytest.fixture
@@ -101,8 +76,8 @@ def test_the_fingerprint_follows_the_contents(client: Any, directory: Path) -> N
 def test_the_manifest_is_sent_last(client: Any, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "manifest.json").write_text("[]")
     sent: list[str] = []
-    upload_file = client.upload_file
-    monkeypatch.setattr(client, "upload_file", lambda *a, **k: (sent.append(a[2]), upload_file(*a, **k)))
+    put = client.put_object
+    monkeypatch.setattr(client, "put_object", lambda **given: (sent.append(given["Key"]), put(**given)))
     s3.upload(directory, "s3://models/teacher")
     assert len(sent) == 4
     assert sent[-1] == "teacher/manifest.json"
@@ -150,8 +125,10 @@ def test_wrong_credentials(client: Any, directory: Path, tmp_path: Path, monkeyp
 
 def test_an_endpoint_that_does_not_answer(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMLINE_S3_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
-    _forget()
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+    monkeypatch.setenv("SLIMLINE_S3_RETRY_S", "0.3")
+    settings.cache_clear()
+    s3._client.cache_clear()
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9 cannot be reached .* asked again for 0\.3 s"):
         s3.download("s3://models/teacher", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

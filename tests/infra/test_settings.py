@@ -33,3 +33,25 @@ def test_a_child_environment_can_add_and_remove(monkeypatch):
     child = environment(GONE=None, NEW="2")
     assert "GONE" not in child
     assert child["NEW"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLIMLINE_CACHE_GIB": "5"}, "SLIMLINE_CACHE_GIB limits copies of a remote store; set SLIMLINE_STORE"),
+        ({"SLIMLINE_S3_SSE_KMS_KEY_ID": "key"}, "needs SLIMLINE_S3_SSE=aws:kms"),
+        ({"SLIMLINE_S3_SSE": "rot13"}, r"SLIMLINE_S3_SSE='rot13'"),
+        ({"SLIMLINE_STORE": "/somewhere"}, r"SLIMLINE_STORE='/somewhere'"),
+        ({"SLIMLINE_STORE": "s3:///prefix"}, r"SLIMLINE_STORE='s3:///prefix'"),
+    ],
+)
+def test_a_setting_of_the_store_that_would_be_ignored_or_is_none_is_refused(variables, said, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        settings()
+
+
+def test_a_store_is_named_without_a_slash_at_its_end(monkeypatch):
+    monkeypatch.setenv("SLIMLINE_STORE", "s3://bucket/team/")
+    assert settings().store == "s3://bucket/team"
