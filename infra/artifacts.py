@@ -8,6 +8,7 @@ They are kept in a store: the home, or a bucket that several machines share (SLI
   sent twice
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -231,6 +232,7 @@ class Bucket:
         contents = {file.path: file.sha256 for file in found}
         _cache().keep(directory, sha256, listed, contents, lambda: _is_complete(artifact))
         _cache().evict()
+        _end_abandoned(self.uri)
         return artifact
 
     def has(self, artifact: Artifact) -> bool:
@@ -331,6 +333,16 @@ class Bucket:
             if error.errno is not None:  # a file of this machine
                 raise
             raise InfrastructureError(f"{error} {AGAIN}") from error
+
+
+@functools.cache
+def _end_abandoned(uri: str) -> None:
+    """Once in a process, end the uploads that killed ones left unfinished. What keeps it from that fails nobody."""
+    try:
+        if ended := s3.end_abandoned(f"{uri}/blobs"):
+            logger.info("ended %d uploads to %s that nobody went on with", ended, uri)
+    except OSError as error:
+        logger.warning("uploads to %s that nobody went on with could not be ended: %s", uri, error)
 
 
 def _cache() -> Cache:
