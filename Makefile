@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-chain test-flows test-servers check up down bench bench-quantization bench-engines test-real clean
+.PHONY: help install run test test-chain test-flows test-servers check up down bench bench-quantization bench-engines bench-storage test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ bench-quantization: install ## Slimline's quantization beside other tools': hour
 
 bench-engines: install ## Slimline's engine bundles beside other runtimes: speed, memory, size; two hours; goes on where it was ended
 	$(BIN)/python tests/benchmarks/engines/run.py $(ARGS)
+
+bench-storage: install ## uploads and downloads of the artifact store beside boto3's own: minutes, 10 GB of disk
+	$(BIN)/python tests/benchmarks/storage.py $(ARGS)
 
 clean: ## removes .venv and caches; results in .slimline/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
