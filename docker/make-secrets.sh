@@ -26,8 +26,9 @@ write MLFLOW_FLASK_SERVER_SECRET_KEY "$(random)"
 write AWS_ACCESS_KEY_ID slimline
 write AWS_SECRET_ACCESS_KEY "$(random)"
 redis="redis://:$(cat "$folder/REDISCLI_AUTH")@redis:6379"
-write SLIMLINE_REDIS_URL "$redis/0"
+write PREFECT_REDIS_MESSAGING_URL "$redis/0"
 write PREFECT_SERVER_DOCKET_URL "$redis/1"
+write SLIMLINE_REDIS_URL "$redis/2"
 write s3_identities "$(
     cat <<END
 {"identities": [{"name": "slimline", "actions": ["Admin", "Read", "Write", "List", "Tagging"], "credentials":
