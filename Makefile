@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-chain test-flows test-servers check up down bench bench-quantization bench-engines bench-storage test-real clean
+.PHONY: help install run test test-chain test-flows test-servers check audit up down bench bench-quantization bench-engines bench-storage test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,11 +52,17 @@ test-servers:
 test-real: install ## what the suite leaves out: the default recipe on the real model (minutes)
 	$(BIN)/python -m pytest -m real $(ARGS)
 
-check: install ## lint, format, types, import contracts
+check: install ## lint, bandit's rules, format, types, import contracts, Dockerfile, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck docker/*.sh
+
+audit: ## known vulnerabilities of what constraints.txt pins; asks pypi.org, so it needs the Internet
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
+	  || { echo "audit: either something above is vulnerable, or pypi.org could not be asked ('not found on PyPI'): then nothing was audited"; exit 1; }
 
 up: install ## the Prefect and MLflow pages, and the deployments that they start
 	$(BIN)/slimline up

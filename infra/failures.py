@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.settings import settings
+from infra.settings import settings, shown
 
 FULL = {
     errno.ENOSPC: "The disk is full",
@@ -142,6 +142,6 @@ def silent_server(error: BaseException) -> str | None:
             package = kind.__module__.partition(".")[0]
             if package in SERVERS and kind.__name__ in (*SILENT, "EndpointConnectionError", "ConnectTimeoutError"):
                 address = re.search(r"https?://[^/\s'\"]+", " ".join(map(str, chain)))
-                where = f" {address[0]}" if address else ""
+                where = f" {shown(address[0])}" if address else ""
                 return f"{SERVERS[package]}{where} does not answer. Start it again, or check its address. {AGAIN}"
     return None

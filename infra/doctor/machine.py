@@ -238,7 +238,7 @@ def memory() -> Iterator[Finding]:
         yield problem("memory", says, "End what holds it, or give the container more; `slimline check` estimates peaks")
     else:
         yield ok("memory", says)
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # noqa: S108 only looked at
     if not shared.is_dir():
         yield skipped("shared memory", f"{shared} does not exist here")
     elif (size := shutil.disk_usage(shared).total) < LOW_SHARED_BYTES and _devices():

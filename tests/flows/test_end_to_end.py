@@ -23,6 +23,14 @@ MIXED = {
     "weights": {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "bits_per_weight": 6},
 }
 TUNING = {"prompt_tokens": 16, "new_tokens": 8, "num_rounds": 3}
+PLANTED = {
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-6f1e",
+    "MLFLOW_TRACKING_USERNAME": "trainer",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-6f1e",
+    "HF_TOKEN": "hf_planted6f1e",
+    "PREFECT_API_AUTH_STRING": "admin:planted-prefect-6f1e",
+}
+"""Secrets that a run has and does not need; they are looked for in all that it leaves."""
 TRAINING = {"max_steps": 6, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 2}
 
 
@@ -72,7 +80,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(tiny_checkpoint, home) -> subprocess.CompletedProcess[str]:
-    return slimline("run", str(write(home / "recipe.yaml", recipe(tiny_checkpoint))), home=home)
+    return slimline("run", str(write(home / "recipe.yaml", recipe(tiny_checkpoint))), home=home, **PLANTED)
 
 
 def test_the_chain_ends_with_a_table_a_report_and_a_registered_version(first):
@@ -85,6 +93,14 @@ def test_the_chain_ends_with_a_table_a_report_and_a_registered_version(first):
     assert "models:/tiny@candidate" in first.stdout
     assert "make up" in first.stdout
     assert "Traceback" not in first.stdout + first.stderr
+
+
+def test_secrets_of_the_environment_are_in_nothing_that_a_run_leaves(first, home):
+    """Databases of MLflow and Prefect, logs, tags, artifacts, reports, and what was said."""
+    assert "6f1e" not in first.stdout + first.stderr
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "prefect.db", "manifest.json"} <= {path.name for path in files}
+    assert [str(path) for path in files if b"6f1e" in path.read_bytes()] == []
 
 
 def test_programs_that_candidates_wrote_were_run_and_judged(first, home):

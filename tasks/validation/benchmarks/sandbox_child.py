@@ -202,7 +202,7 @@ def main() -> None:
         answer(unconfined=str(error))
         os._exit(1)
     try:
-        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "program", "exec"), {"__name__": "__main__"})  # noqa: S102 that is what it is for
     except BaseException as error:  # noqa: BLE001 - whatever it is, it has not passed
         try:
             answer(raised=f"{type(error).__name__}: {error}"[:300], writes=writes)
