@@ -14,10 +14,10 @@ import os
 import random
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -40,7 +40,7 @@ NUM_FILES = 4
 PART_BYTES = 8 * 2**20
 """Of a part, which with NUM_TRANSFERS bounds the memory; larger for files of more than MAX_PARTS."""
 MAX_PARTS = 10_000
-MIN_PART_BYTES = 5 * 2**20
+SMALLEST_PART_BYTES = 5 * 2**20
 """S3 takes no smaller part, the last excepted."""
 BLOCK_BYTES = 2**20
 FIRST_PAUSE_S = 0.2
@@ -209,67 +209,69 @@ def size_of(uri: str) -> int | None:
 
 
 class Probe(NamedTuple):
-    """What writing to a store and reading from it showed. `skew_s`: by how much our clock is ahead of the store's."""
+    """What writing to a store and reading from it showed.
+
+    `skew_s` is by how much our clock is ahead of the store's, and `removed` whether we may delete: the store does not
+    need it.
+    """
 
     elapsed_s: float
     multipart_mib: float
     multipart_mib_per_s: float
     skew_s: float | None
+    removed: bool
 
 
 def probe(uri: str) -> Probe:
-    """Write objects below the prefix `uri`, read them back, compare and remove them: a small one and one in two parts.
+    """Write an object below the prefix `uri` and read it back, whole and then in two parts; remove it at the end.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: as `download`.
-        OSError: the store gave back other bytes, or kept what was removed.
+        OSError: the store gave back other bytes.
     """
-    _boto3()
-    from botocore.exceptions import ClientError
-
     bucket, prefix = _parse(uri)
-    key = "/".join(filter(None, [prefix, f".probe-{uuid.uuid4()}"]))
-    small, part = os.urandom(1024), os.urandom(MIN_PART_BYTES)
+    key = "/".join(filter(None, [prefix, "probes", socket.gethostname()]))
+    small, part = os.urandom(1024), os.urandom(SMALLEST_PART_BYTES)
     with errors(uri):
         client = _client()
         require_bucket(uri)
         started_at = time.monotonic()
-        stored = client.put_object(Bucket=bucket, Key=key, Body=small, ChecksumAlgorithm="SHA256")
+        checksum = {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(small)}
+        stored = client.put_object(Bucket=bucket, Key=key, Body=small, **checksum, **_encryption())
         date = stored["ResponseMetadata"]["HTTPHeaders"].get("date")
         skew_s = time.time() - parsedate_to_datetime(date).timestamp() if date else None
-        try:
-            if client.get_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")["Body"].read() != small:
-                raise OSError(f"s3://{bucket}/{key} must be the bytes just written; the store gave others.")
-        finally:
-            client.delete_object(Bucket=bucket, Key=key)
-        try:
-            client.head_object(Bucket=bucket, Key=key)
-            raise OSError(f"s3://{bucket}/{key} was removed; the store still has it.")
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (403, 404):  # 403: who may not list
-                raise
+        found = client.get_object(Bucket=bucket, Key=key)["Body"].read()
         elapsed_s = time.monotonic() - started_at
 
         started_at = time.monotonic()
-        upload_id = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        upload = {"Bucket": bucket, "Key": key}
+        upload["UploadId"] = client.create_multipart_upload(**upload, **_encryption())["UploadId"]
         try:
-            sent = [
-                client.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=part)["ETag"]
-                for number in (1, 2)
-            ]
-            parts = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(sent, 1)]}
-            client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload=parts)
+            tags = [client.upload_part(**upload, PartNumber=number, Body=part)["ETag"] for number in (1, 2)]
+            parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+            client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         except BaseException:
-            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            client.abort_multipart_upload(**upload)
             raise
-        try:
-            second = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={MIN_PART_BYTES}-")["Body"].read()
-            if second != part:
-                raise OSError(f"s3://{bucket}/{key} must end in the part just written; the store gave other bytes.")
-        finally:
-            client.delete_object(Bucket=bucket, Key=key)
-        mib = 3 * MIN_PART_BYTES / 2**20  # two parts there, one back
-        return Probe(elapsed_s, 2 * MIN_PART_BYTES / 2**20, mib / (time.monotonic() - started_at), skew_s)
+        second = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={len(part)}-")["Body"].read()
+        parts_s = time.monotonic() - started_at
+        removed = _removed(bucket, key)
+    if (found, second) != (small, part):
+        raise OSError(f"s3://{bucket}/{key} must be the bytes just written; the store gave others. See its log.")
+    mib = len(part) / 2**20
+    return Probe(elapsed_s, 2 * mib, 3 * mib / parts_s, skew_s, removed)  # two parts there, one back
+
+
+def _removed(bucket: str, key: str) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        _client().delete_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:
+            raise
+        return False
+    return True
 
 
 # Many at a time

@@ -33,11 +33,14 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "network": servers.network,
     "mlflow": servers.mlflow,
     "prefect": servers.prefect,
+    "store": stores.store,
     "redis": stores.redis,
 }
 """What is looked at, in the order it is told."""
 
 TIMEOUT_S = 60.0
+AT_ONCE = {"PREFECT_CLIENT_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "SLIMLINE_S3_RETRY_S": "0"}
+"""A run waits until a server is back; here the first answer is what is asked for."""
 FINDINGS = TypeAdapter(list[Finding])
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +72,7 @@ def _run(name: str, home: Path, timeout_s: float) -> list[Finding]:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         cwd=ROOT,
-        env=environment(SLIMLINE_HOME=str(home), PREFECT_CLIENT_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"),
+        env=environment(**AT_ONCE, SLIMLINE_HOME=str(home)),
     )
     try:
         said, complaint = process.communicate(timeout=timeout_s)

@@ -7,12 +7,52 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.doctor.finding import Finding, ok, problem, skipped
+from infra.doctor.servers import MAX_SKEW_S
 from infra.settings import outer, settings, shown
 
 ANSWER_S = 10.0
 S3_MAX_SKEW_S = 15 * 60
 """S3 refuses requests signed by a clock that is further off."""
 REVISION = "SELECT version_num FROM alembic_version"
+
+
+def store() -> Iterator[Finding]:
+    """Whether artifacts can be written to the store, and read back as they were."""
+    from infra import s3
+
+    name, uri = "store", settings().store
+    if uri is None:
+        yield skipped(name, f"no S3 is set (SLIMLINE_STORE): artifacts lie in {settings().home / 'artifacts'}")
+        return
+    try:
+        probe = s3.probe(uri)
+    except FileNotFoundError as error:
+        yield problem(name, str(error), "Create the bucket, or correct SLIMLINE_STORE")
+    except PermissionError as error:
+        yield problem(
+            name,
+            str(error),
+            "The account needs s3:ListBucket of the bucket, and below the prefix s3:GetObject, s3:PutObject and "
+            "s3:AbortMultipartUpload",
+        )
+    except ConnectionError as error:
+        yield problem(name, str(error), "Start the store, or correct SLIMLINE_S3_ENDPOINT_URL")
+    except (OSError, ValueError) as error:
+        yield problem(name, str(error), "Read the store's own log")
+    else:
+        if probe.skew_s is not None and abs(probe.skew_s) > MAX_SKEW_S:
+            yield problem(
+                "clock",
+                f"this machine is {abs(probe.skew_s):,.0f} s {'ahead of' if probe.skew_s > 0 else 'behind'} the store, "
+                f"which refuses requests that are {S3_MAX_SKEW_S} s off",
+                "Set both clocks by NTP: timedatectl set-ntp true",
+            )
+        end = "and removed" if probe.removed else "and left, because this account may not delete,"
+        yield ok(
+            name,
+            f"{uri} at {shown(s3.endpoint())}: written, read {end} in {1000 * probe.elapsed_s:,.0f} ms; "
+            f"{probe.multipart_mib:.0f} MiB in parts at {probe.multipart_mib_per_s:,.0f} MiB/s",
+        )
 
 
 def redis() -> Iterator[Finding]:

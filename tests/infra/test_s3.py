@@ -147,6 +147,7 @@ def test_an_empty_directory_is_not_uploaded(tmp_path: Path) -> None:
 def test_probe_leaves_nothing_behind(client: Any) -> None:
     found = s3.probe("s3://models/doctor")
     assert found.multipart_mib == 10
+    assert found.removed
     assert found.skew_s is not None
     assert abs(found.skew_s) < 5
     assert not s3.exists("s3://models/doctor")

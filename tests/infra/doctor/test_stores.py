@@ -1,0 +1,69 @@
+"""What `slimline doctor` says of the store, with a real S3 server."""
+
+import socket
+from typing import Any
+
+import pytest
+
+from infra import s3
+from infra.doctor import stores
+from infra.settings import settings
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(autouse=True)
+def at_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMLINE_S3_RETRY_S", "0")
+    monkeypatch.setenv("SLIMLINE_STORE", "s3://models/slimline")
+
+
+def found(monkeypatch: pytest.MonkeyPatch, **variables: str):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+    s3._client.cache_clear()
+    (finding,) = stores.store()
+    return finding
+
+
+def test_store_that_works_says_how_fast(client, monkeypatch):
+    finding = found(monkeypatch)
+    assert finding.state == "ok"
+    assert "written, read and removed in" in finding.says
+    assert "10 MiB in parts" in finding.says
+    assert client.list_objects_v2(Bucket="models").get("Contents", []) == []
+
+
+def test_bucket_that_does_not_exist(monkeypatch):
+    finding = found(monkeypatch, SLIMLINE_STORE="s3://nowhere/slimline")
+    assert finding.state == "problem"
+    assert "The bucket 'nowhere' must exist" in finding.says
+    assert "Create the bucket" in finding.remedy
+
+
+def test_wrong_secret(monkeypatch):
+    finding = found(monkeypatch, AWS_SECRET_ACCESS_KEY="wrong")
+    assert finding.state == "problem"
+    assert "refuses access" in finding.says
+    assert "s3:PutObject" in finding.remedy
+
+
+def test_closed_port(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    finding = found(monkeypatch, SLIMLINE_S3_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    assert finding.state == "problem"
+    assert "cannot be reached" in finding.says
+    assert "SLIMLINE_S3_ENDPOINT_URL" in finding.remedy
+
+
+def test_clock_that_differs(monkeypatch):
+    monkeypatch.setattr(stores, "MAX_SKEW_S", -1)  # a clock that is right is further off than that
+    settings.cache_clear()
+    s3._client.cache_clear()
+    clock, store = stores.store()
+    assert clock.state == "problem"
+    assert "ahead of the store" in clock.says or "behind the store" in clock.says
+    assert store.state == "ok"
