@@ -374,7 +374,8 @@ def doctor(
         from infra.doctor.examination import as_json as written
         from infra.doctor.examination import examine, show
 
-        findings = examine(checks or [], timeout)
+        with console.status("looking at everything that this deployment stands on"):
+            findings = examine(checks or [], timeout)
         if as_json:
             typer.echo(written(findings))
         else:
