@@ -8,7 +8,7 @@
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
 JOBS ?= 2
-EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,benchmarks,lm-eval,demo,test,dev
+EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,local,servers,benchmarks,lm-eval,demo,test,dev
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
@@ -64,8 +64,8 @@ audit: ## known vulnerabilities of what constraints.txt pins; asks pypi.org, so 
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
 	  || { echo "audit: either something above is vulnerable, or pypi.org could not be asked ('not found on PyPI'): then nothing was audited"; exit 1; }
 
-up: install ## the Prefect and MLflow pages, and the deployments that they start
-	$(BIN)/slimline up
+up: install ## S3, MLflow, Prefect and a worker on this machine; STORE=postgres keeps their records in PostgreSQL
+	$(BIN)/slimline up $(if $(STORE),--database $(STORE))
 
 down: install ## stops what `make up` started
 	$(BIN)/slimline down

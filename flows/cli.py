@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -16,6 +16,7 @@ from infra.settings import prepare_environment, settings
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
+    from infra.services import Services
 
 app = typer.Typer(
     help="Make a Transformer language model cheaper to serve, and prove that it still answers well.",
@@ -327,17 +328,21 @@ def lineage(
 
 
 @app.command()
-def up() -> None:
-    """Start the Prefect and MLflow pages on this machine, and accept runs started from the Prefect page."""
+def up(
+    database: Annotated[
+        Literal["sqlite", "postgres"],
+        typer.Option(help="What MLflow and Prefect keep their records in; postgres bears many writers."),
+    ] = "sqlite",
+) -> None:
+    """Start the services on this machine: S3, MLflow, Prefect and a worker that runs what is started from its page."""
     with _told():
         prepare_environment()
         from infra import services
 
         running = services.running(settings().home)
-        started = running or services.up(settings().home)
+        started = services.up(settings().home, database=database)
         typer.echo("already running" if running else "started")
-        typer.echo(f"  Prefect  {started.prefect_url}")
-        typer.echo(f"  MLflow   {started.mlflow_page}")
+        _show(started)
         typer.echo("stop with: make down (slimline down)")
 
 
@@ -352,7 +357,7 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Say whether the pages run, and where."""
+    """Say whether the services run, and where."""
     with _told():
         from infra import services
 
@@ -360,7 +365,14 @@ def status() -> None:
         if not found:
             typer.echo("not running; start with: make up (slimline up)")
             raise typer.Exit(Exit.FAILED)
-        typer.echo(f"Prefect  {found.prefect_url}\nMLflow   {found.mlflow_page}")
+        _show(found)
+
+
+def _show(found: "Services") -> None:
+    typer.echo(f"  Prefect  {found.prefect_url}")
+    typer.echo(f"  MLflow   {found.mlflow_page}")
+    typer.echo(f"  S3       {found.s3_url}  (keys: {settings().home / 'credentials.json'})")
+    typer.echo(f"  records  {found.database}")
 
 
 @app.command()

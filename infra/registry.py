@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from infra.artifacts import fetch
 from infra.hardware import versions
 from infra.settings import settings
-from infra.tracking import Parent, StageResult, client, stage_run
+from infra.tracking import Parent, StageResult, client, stage_run, stored_files
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -281,4 +281,5 @@ def _fetch(version: "ModelVersion", out: Path) -> Path:
     client()  # points the function below at our server
     out.mkdir(parents=True, exist_ok=True)
     uri = f"models:/{version.name}/{version.version}"
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(out)))
+    with stored_files(uri):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(out)))

@@ -146,6 +146,23 @@ def upload(directory: Path, uri: str) -> None:
         transfers.each_file(put, [path for path in files if path.name == "manifest.json"])
 
 
+def create_bucket(name: str) -> None:
+    """Make the bucket `name` where there is none.
+
+    Raises:
+        PermissionError, ConnectionError: as `download`.
+    """
+    from botocore.exceptions import ClientError
+
+    with _errors(f"s3://{name}"):
+        try:
+            _client().head_bucket(Bucket=name)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                raise
+            _client().create_bucket(Bucket=name)
+
+
 def exists(uri: str) -> bool:
     """Whether there is anything below the prefix `uri`."""
     with errors(uri):

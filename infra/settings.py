@@ -52,6 +52,11 @@ class Settings(BaseSettings):
     s3_sse: Literal["AES256", "aws:kms"] | None = Field(None, description="Encryption by the server of what is sent.")
     s3_sse_kms_key_id: str | None = Field(None, description="Key for aws:kms; default: the account's.")
     s3_retry_s: float = Field(120, ge=0, description="For how long a request that fails for now is asked again.")
+    notification_block: str | None = Field(
+        None,
+        pattern="^[^/]+/[^/]+$",
+        description="Prefect block that is told of runs in trouble, as TYPE/NAME: slack-webhook/team.",
+    )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
     @field_validator("store")

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "slimline"
 """One experiment for all recipes, so that MLflow can compare them."""
+EXPERIMENT_OF_UP = "slimline-up"
+"""That of runs through the servers of `slimline up`. An experiment fixes at its creation where the files of its runs
+lie: of these in the S3 of those servers, of runs without servers below the home. Searches look into both."""
 
 # fmt: off
 RECORDED = (
@@ -231,21 +234,29 @@ def prepare_database(home: Path) -> str:
 
 
 def experiment_id() -> str:
-    """The id of Slimline's experiment, created on first use."""
+    """The id of the experiment of new runs, created on first use."""
     from mlflow.exceptions import MlflowException
 
-    found = client().get_experiment_by_name(EXPERIMENT)
+    of_up = not settings().tracking_uri and services.running(settings().home) is not None
+    name = EXPERIMENT_OF_UP if of_up else EXPERIMENT
+    found = client().get_experiment_by_name(name)
     if found is None:
-        # A remote server knows its own artifact store; our own server and the database share files under the home.
-        where = None if settings().tracking_uri else (settings().home / "mlruns" / EXPERIMENT).as_uri()
+        # A server knows its own artifact store.
+        where = None if of_up or settings().tracking_uri else (settings().home / "mlruns" / name).as_uri()
         try:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # else the page shows agents and traces
-            return str(client().create_experiment(EXPERIMENT, artifact_location=where, tags=kind))
+            return str(client().create_experiment(name, artifact_location=where, tags=kind))
         except MlflowException:  # somebody else created it a moment ago
-            found = client().get_experiment_by_name(EXPERIMENT)
+            found = client().get_experiment_by_name(name)
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def experiment_ids() -> list[str]:
+    """The ids of the experiments that hold runs, for searches."""
+    found = [client().get_experiment_by_name(name) for name in (EXPERIMENT, EXPERIMENT_OF_UP)]
+    return [str(experiment.experiment_id) for experiment in found if experiment]
 
 
 def run_url(run_id: str, experiment: str) -> str:
@@ -346,7 +357,7 @@ def find_flow_run(name: str) -> FlowRun:
     Raises:
         ValueError: there is none; the message lists the last ones.
     """
-    found = _search(experiment_id(), "tags.`slimline.role` = 'flow'")  # the last comes first
+    found = _search(experiment_ids(), "tags.`slimline.role` = 'flow'")  # the last comes first
     for run in found:
         if name in (run.info.run_id, run.info.run_name, run.data.tags.get("prefect.flow_run_id")):
             return _flow_run(run)
@@ -373,7 +384,23 @@ def report_figures(run: FlowRun) -> str:
         raise ValueError(f"Flow run {run.run_id} ({run.name}) made no report: it failed, or still runs.")
     with TemporaryDirectory() as folder:
         name = str(Path(run.report).with_suffix(".json"))
-        return Path(client().download_artifacts(run.run_id, name, folder)).read_text(encoding="utf-8")
+        with stored_files(f"run {run.run_id}"):
+            return Path(client().download_artifacts(run.run_id, name, folder)).read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def stored_files(of: str) -> Iterator[None]:
+    """Within, reading files that MLflow keeps says when the server is missing through which they are read."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if "mlflow-artifacts" in str(error) and tracking_uri().startswith("sqlite:"):
+            raise ValueError(
+                f"The files of {of} lie in the S3 server of `slimline up`, which does not run. Start it: slimline up"
+            ) from None
+        raise
 
 
 def flow_links(parent: Parent) -> dict[str, str]:
@@ -392,12 +419,12 @@ def git_commit() -> str | None:
 def _find_flow(experiment: str, flow_run_id: str | None) -> Parent | None:
     if flow_run_id is None:
         return None
-    found = _search(experiment, f"tags.`slimline.role` = 'flow' and tags.`prefect.flow_run_id` = '{flow_run_id}'")
+    found = _search([experiment], f"tags.`slimline.role` = 'flow' and tags.`prefect.flow_run_id` = '{flow_run_id}'")
     return Parent(run_id=found[0].info.run_id, experiment=experiment) if found else None
 
 
-def _search(experiment: str, query: str) -> "list[Run]":
-    return list(client().search_runs([experiment], query, max_results=1000))
+def _search(experiments: Sequence[str], query: str) -> "list[Run]":
+    return list(client().search_runs(list(experiments), query, max_results=1000)) if experiments else []
 
 
 def _own_process() -> str:
@@ -406,7 +433,7 @@ def _own_process() -> str:
 
 
 def _close_dead_flows(experiment: str) -> None:
-    for run in _search(experiment, "attributes.status = 'RUNNING' and tags.`slimline.role` = 'flow'"):
+    for run in _search([experiment], "attributes.status = 'RUNNING' and tags.`slimline.role` = 'flow'"):
         host, pid, started_at = run.data.tags.get("slimline.process", "? 0 0").split(" ")
         if host != socket.gethostname() or services.ProcessId(pid=int(pid), started_at=float(started_at)).alive():
             continue
@@ -417,7 +444,7 @@ def _close_dead_flows(experiment: str) -> None:
 
 def _kill_running_children(parent: Parent) -> None:
     query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent.run_id}'"
-    for run in _search(parent.experiment, query):
+    for run in _search([parent.experiment], query):
         _set_tags(run.info.run_id, {"error": "The process of this attempt died without a word."})
         client().set_terminated(run.info.run_id, "KILLED")
 
@@ -743,7 +770,7 @@ def _model_id(model: str) -> str:
         if "model_id" not in registered.tags:
             raise ValueError(f"{model} was not registered by Slimline, so its lineage is not recorded.")
         return registered.tags["model_id"]
-    found = client().search_logged_models([experiment_id()], f"tags.sha256 = '{model}'", max_results=1)
+    found = client().search_logged_models(experiment_ids(), f"tags.sha256 = '{model}'", max_results=1)
     if not found:
         raise ValueError(f"MLflow at {tracking_uri()} knows no model whose artifact has the SHA-256 {model!r}.")
     return str(found[0].model_id)

@@ -1,0 +1,105 @@
+"""What Prefect does by itself about flow runs in trouble.
+
+Prefect's own server notices no dead process: a run whose machine went away would be "Running" for ever. Runs say twice
+a minute that they live; one that is silent for `DEAD_AFTER` is taken for crashed. That can be wrong (a machine that was
+asleep), so nothing is lost by it: running it again goes on after the finished stages.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture, SendNotification
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
+from prefect.events.schemas.automations import AutomationCore
+
+DEAD_AFTER = timedelta(seconds=90)
+"""Three heartbeats."""
+ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
+FLOW_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
+
+
+def dead_runs(after: timedelta = DEAD_AFTER) -> AutomationCore:
+    """Runs that said that they live, and then nothing for `after`, are crashed."""
+    return AutomationCore(
+        name="slimline: a run without a sign of life is crashed",
+        description="The process or the machine of the run is gone. Run it again: finished stages are cached.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+            match=FLOW_RUNS,  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=after,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"Nothing was heard of this run for {after.total_seconds():.0f} s: its process or machine is "
+                "gone. Run it again: finished stages are cached.",
+            )
+        ],
+    )
+
+
+def runs_in_trouble(block_id: Any) -> AutomationCore:
+    """Failed, crashed and late runs are told to the notification block."""
+    return AutomationCore(
+        name="slimline: a run in trouble is told",
+        description="By the block that SLIMLINE_NOTIFICATION_BLOCK named at the last deploy.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive,
+            expect={f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Late")},
+            match=FLOW_RUNS,  # type: ignore[arg-type]
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block_id,
+                subject="{{ flow.name }}: {{ flow_run.state.name }}",
+                body="{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
+                "{{ flow_run|ui_url }}",
+            )
+        ],
+    )
+
+
+def create_automations(client: SyncPrefectClient, notification_block: str | None) -> None:
+    """Put them on the server, in place of earlier ones of the same name.
+
+    Args:
+        client: of the server.
+        notification_block: "TYPE/NAME" of a block there, as "slack-webhook/team"; None: nobody is told.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    wanted = [dead_runs()]
+    if notification_block:
+        kind, _, name = notification_block.partition("/")
+        wanted.append(runs_in_trouble(_block_id(client, kind, name)))
+    for automation in wanted:
+        put(client, automation)
+
+
+def put(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """Create it, or change the one of its name."""
+    found: list[Automation] = client.read_automations_by_name(automation.name)  # type: ignore[assignment]
+    if found:
+        assert found[0].id
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
+
+
+def _block_id(client: SyncPrefectClient, kind: str, name: str) -> Any:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_block_document_by_name(name, kind, include_secrets=False).id
+    except ObjectNotFound:
+        raise ValueError(
+            f"SLIMLINE_NOTIFICATION_BLOCK names TYPE/NAME of a block on the Prefect server; there is no "
+            f"{kind}/{name}. Create it on the Blocks page."
+        ) from None

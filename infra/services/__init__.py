@@ -1,0 +1,23 @@
+"""The local servers of a home: SeaweedFS (S3), MLflow, Prefect and a worker, under one supervisor.
+
+`up` starts the supervisor in a session of its own and returns when everything answers; `down` ends all of it.
+"""
+
+from infra.services.addresses import Addresses, Database, Services, addresses, running
+from infra.services.inner_server import start_inner_server
+from infra.services.processes import ProcessId, end_orphans, run_mark
+from infra.services.stack import down, up
+
+__all__ = [
+    "Addresses",
+    "Database",
+    "ProcessId",
+    "Services",
+    "addresses",
+    "down",
+    "end_orphans",
+    "run_mark",
+    "running",
+    "start_inner_server",
+    "up",
+]

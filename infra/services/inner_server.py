@@ -1,0 +1,50 @@
+"""The Prefect server inside a flow's process, where no other runs: it neither ends before the flow nor outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+STOP_TIMEOUT_S = 15.0
+
+
+def start_inner_server() -> None:
+    """Start the Prefect server inside this process's flows, if they use one, so that Ctrl-C does not reach it.
+
+    A terminal sends SIGINT to all processes in the foreground. Without its server the flow cannot record how it ended:
+    Prefect then waits for a minute and prints what it could not send. A blocked signal stays blocked in a child; the
+    server ends by SIGTERM, which Prefect sends when this process exits.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    server = SubprocessASGIServer()
+    try:
+        server.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+    assert server.server_process
+    threading.Thread(target=_end_after, args=[server.server_process], daemon=True).start()
+
+
+def _end_after(server: "subprocess.Popen[Any]") -> None:
+    """End this process when its server has ended and it does not notice by itself.
+
+    A service manager ends all processes at once. Prefect then tries for minutes to tell its server how the run ended.
+    """
+    while server.poll() is None:
+        time.sleep(0.5)
+    time.sleep(STOP_TIMEOUT_S)  # a process that is about to exit is gone by then
+    print(  # noqa: T201  the console may be held by what hangs
+        "error The Prefect server inside this run was ended. Finished stages are kept; the same command goes on from "
+        "there.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
