@@ -368,6 +368,33 @@ def status() -> None:
         _show(found)
 
 
+@app.command()
+def deploy(
+    file: Annotated[Path | None, typer.Option(help="Another prefect.yaml than Slimline's.")] = None,
+    pools: Annotated[
+        list[str] | None, typer.Option("--pool", help="Only what concerns this work pool; may be repeated.")
+    ] = None,
+) -> None:
+    """Tell the Prefect server what prefect.yaml says: work pools, limits, deployments, automations. May be repeated."""
+    with _told():
+        from infra import services
+
+        running = services.running(settings().home)
+        prepare_environment(**({"PREFECT_API_URL": running.prefect_api_url} if running else {}))
+        from flows.deployments import deploy as deploy_all
+        from flows.deployments import server
+
+        where = server()
+        plan = deploy_all(file, pools or [])
+        for name, deployments in plan.deployments.items():
+            typer.echo(f"{name:<12} {', '.join(deployments)}")
+        for name in sorted(plan.work_pools.keys() - plan.deployments.keys()):
+            typer.echo(f"{name:<12} no deployments")
+        for name, limit in plan.concurrency_limits.items():
+            typer.echo(f"limit {name}: {limit}")
+        typer.echo(f"told {where}")
+
+
 def _show(found: "Services") -> None:
     typer.echo(f"  Prefect  {found.prefect_url}")
     typer.echo(f"  MLflow   {found.mlflow_page}")

@@ -58,7 +58,10 @@ def read(file: Path, pools: Sequence[str]) -> Plan:
     Raises:
         ValueError: a pool is not defined there.
     """
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"A file like prefect.yaml is deployed; {file} does not exist.") from None
     defined = content.get("definitions") or {}
     work_pools = {name: WorkPool.model_validate(pool or {}) for name, pool in defined.get("work_pools", {}).items()}
     deployments: dict[str, tuple[str, ...]] = {}
@@ -76,6 +79,23 @@ def read(file: Path, pools: Sequence[str]) -> Plan:
         concurrency_limits=defined.get("concurrency_limits", {}) if not pools else {},
         deployments={name: names for name, names in deployments.items() if name in chosen},
     )
+
+
+def server() -> str:
+    """The address of the Prefect server.
+
+    Raises:
+        ValueError: there is none; one that runs inside this process would forget everything.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    address = PREFECT_API_URL.value()
+    if not address:
+        raise ValueError(
+            "Deploying needs a Prefect server; none is set, and `slimline up` does not run. "
+            "Set SLIMLINE_PREFECT_API_URL, or start one: slimline up"
+        )
+    return str(address)
 
 
 def deploy(file: Path | None = None, pools: Sequence[str] = ()) -> Plan:
@@ -151,7 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.deployments")
     parser.add_argument("--pool", action="append", default=[])
     prepare_environment()
-    deploy(pools=parser.parse_args().pool)
+    plan = deploy(pools=parser.parse_args().pool)
+    print(f"{server()} offers {plan.model_dump_json()}")  # noqa: T201  for the log
 
 
 if __name__ == "__main__":
