@@ -447,7 +447,7 @@ def _connect() -> None:
     require_room(home)
     services.end_orphans(home)
     running = services.running(home)
-    servers = {"PREFECT_API_URL": running.prefect_api_url} if running else {}
+    servers = running.for_clients(home) if running else {}
     prepare_environment(**servers, **services.run_mark(home))
 
 

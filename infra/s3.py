@@ -154,7 +154,7 @@ def create_bucket(name: str) -> None:
     """
     from botocore.exceptions import ClientError
 
-    with _errors(f"s3://{name}"):
+    with errors(f"s3://{name}"):
         try:
             _client().head_bucket(Bucket=name)
         except ClientError as error:

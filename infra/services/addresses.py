@@ -50,6 +50,13 @@ class Services(Addresses, frozen=True):
     pid: int
     database: Database
 
+    def for_clients(self, home: Path) -> dict[str, str]:
+        """Variables of a process that talks to them. Results name MLflow's runs, so each database has its own."""
+        variables = {"PREFECT_API_URL": self.prefect_api_url}
+        if self.database != "sqlite":
+            variables["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "prefect" / f"storage-{self.database}")
+        return variables
+
 
 class Note(BaseModel, frozen=True):
     """What the supervisor leaves in services.json while it runs."""

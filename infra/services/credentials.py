@@ -21,11 +21,12 @@ class Credentials(BaseModel, frozen=True):
     def _written(self, value: SecretStr) -> str:
         return value.get_secret_value()
 
-    def for_s3(self) -> dict[str, str]:
-        """As boto3 reads them from the environment."""
+    def for_s3(self) -> dict[str, str | None]:
+        """As boto3 reads them from the environment; what else is there belongs to other keys."""
         return {
             "AWS_ACCESS_KEY_ID": self.s3_access_key,
             "AWS_SECRET_ACCESS_KEY": self.s3_secret_key.get_secret_value(),
+            "AWS_SESSION_TOKEN": None,
         }
 
 

@@ -13,7 +13,7 @@ from infra.services import postgres, seaweedfs
 from infra.services.addresses import HOST, Addresses, Database, at
 from infra.services.credentials import credentials
 from infra.services.processes import MARK
-from infra.settings import QUIET
+from infra.settings import QUIET, settings
 
 POOL = "cpu"
 """The work pool of the local worker."""
@@ -90,9 +90,19 @@ def buckets(plan: Plan) -> Program:
     return Program("buckets", [sys.executable, "-c", BUCKETS], for_s3(plan))
 
 
-def for_s3(plan: Plan) -> dict[str, str]:
+def for_s3(plan: Plan) -> dict[str, str | None]:
     """How a process of ours reaches the S3 server."""
     return {"SLIMLINE_S3_ENDPOINT_URL": plan.addresses.s3_url, **credentials(plan.home).for_s3()}
+
+
+def artifact_store(plan: Plan) -> dict[str, str | None]:
+    """Where the worker keeps artifacts and results: in the S3 server, unless the user has named another S3.
+
+    Results name MLflow's runs, so each database has its own.
+    """
+    if settings().store or settings().s3_endpoint_url:
+        return {}
+    return {**for_s3(plan), "SLIMLINE_STORE": f"s3://{seaweedfs.STORE}/{plan.database}"}
 
 
 def database(plan: Plan) -> Program:
@@ -143,7 +153,7 @@ def mlflow(plan: Plan) -> Program:
     # fmt: off
     options = [
         "--host", HOST, "--port", str(plan.ports["mlflow"]), "--workers", "1",
-        "--backend-store-uri", _mlflow_database(plan), "--artifacts-destination", "s3://mlflow",
+        "--backend-store-uri", _mlflow_database(plan), "--artifacts-destination", f"s3://{seaweedfs.FILES_OF_RUNS}",
     ]
     # fmt: on
     variables = {
@@ -183,6 +193,7 @@ def worker(plan: Plan) -> Program:
     # fmt: on
     variables = {
         **_our_code(),
+        **artifact_store(plan),
         "PREFECT_API_URL": plan.addresses.prefect_api_url,
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),

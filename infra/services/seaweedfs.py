@@ -7,7 +7,8 @@ from pathlib import Path
 from infra.services.addresses import HOST, write_atomically
 from infra.services.credentials import OWNER_ONLY, Credentials
 
-BUCKETS = ("mlflow", "slimline")
+FILES_OF_RUNS, STORE = BUCKETS = ("mlflow", "slimline")
+"""MLflow's, and that of artifacts."""
 PARTS = ("s3", "s3.grpc", "master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc")
 
 
