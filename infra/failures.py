@@ -71,7 +71,7 @@ def explain(error: BaseException, near: Path, *, servers: bool = True) -> str | 
                 f"{home} cannot be used: {os.strerror(number)}{where}. Let this user write there, or set SLIMLINE_HOME "
                 f"to another directory. {AGAIN}"
             )
-    if servers and (said := silent_server(error)):
+    if servers and (said := silent_server(error) or refusal(error)):
         return said
     if not isinstance(error, ValueError) and is_full(near):
         return _full(errno.ENOSPC, None, near)
@@ -129,6 +129,25 @@ def _errno_of(error: BaseException) -> tuple[int | None, Path | None]:
         return error.errno, Path(error.filename).absolute() if named else None
     said = str(error)
     return next((number for words, number in SAID.items() if words in said), None), None
+
+
+def refusal(error: BaseException) -> str | None:
+    """That MLflow does not let this process in, if an error comes from that, in sentences."""
+    for each in _chain(error):
+        if not type(each).__module__.startswith("mlflow."):
+            continue
+        said = str(each)
+        if "Invalid Host header" in said:
+            return (
+                f"{SERVERS['requests']} at {settings().tracking_uri} does not answer to that name. Name it, with its "
+                "port, in the server's MLFLOW_SERVER_ALLOWED_HOSTS, or use another address. `slimline doctor` tries it."
+            )
+        if "error code 401" in said or "not authenticated" in said:
+            return (
+                f"{SERVERS['requests']} at {settings().tracking_uri} does not know this user and password. Set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account's. `slimline doctor` tries them."
+            )
+    return None
 
 
 def silent_server(error: BaseException) -> str | None:

@@ -14,8 +14,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "SLIMLINE_"
-MARKS = ("SLIMLINE_RUN", "SLIMLINE_SERVICES_OF", "SLIMLINE_CHECKOUT")
-"""Not settings: what our own processes are found by, and where prefect.yaml says that workers find the code."""
+MARKS = ("SLIMLINE_RUN", "SLIMLINE_SERVICES_OF")
+"""Not settings: what our own processes are found by."""
 QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

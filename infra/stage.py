@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from infra.artifacts import fetch, new_directory, publish
 from infra.console import stage_progress
 from infra.isolation import run_isolated
+from infra.progress import page_progress
 from infra.settings import settings
 from infra.tracking import Parent, StageResult, StageRun, stage_run
 
@@ -63,10 +64,15 @@ def run_stage(
         arguments = {**arguments, "work_dir": work_dir}
     title = f"{label} {stage}".strip()
     try:
-        with stage_run(title, parent, params=params, inputs=inputs) as run, stage_progress(title) as bar:
+        with (
+            stage_run(title, parent, params=params, inputs=inputs) as run,
+            stage_progress(title) as bar,
+            page_progress(title) as page,
+        ):
 
             def on_progress(step: int, total: int, metrics: dict[str, float]) -> None:
                 bar(step, total, metrics)
+                page(step, total)
                 run.progress(step, total, metrics)
 
             try:

@@ -509,7 +509,8 @@ def stage_run(
     try:
         _log_params(run.run_id, params)
         run.log_inputs(inputs)
-        yield run
+        with _system_metrics(run.run_id):
+            yield run
         run.flush()
     except BaseException as error:
         status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
@@ -523,6 +524,29 @@ def stage_run(
             logger.warning("could not record that %s ended %s", stage, status, exc_info=True)
         raise
     client().set_terminated(run.run_id, "FINISHED")
+
+
+@contextlib.contextmanager
+def _system_metrics(run_id: str) -> Iterator[None]:
+    """Within, CPU, memory, disk, network and GPUs of the machine become metrics `system/...` of the run.
+
+    Only where MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says so, and there is a server: it writes from a thread of its own.
+    """
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    uri = tracking_uri()
+    wanted = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get()  # type: ignore[no-untyped-call]
+    if not wanted or not uri.startswith("http"):
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)  # type: ignore[no-untyped-call]
+    monitor.start()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        monitor.finish()  # type: ignore[no-untyped-call]
 
 
 class StageRun:

@@ -20,6 +20,10 @@ OWNER = "slimline"
 """Of the databases; a role in the server, not a user of the system."""
 SYSTEM_USER = "slimline-postgres"
 CONNECTIONS = 100
+CREATE_MISSING = """
+SELECT format('CREATE DATABASE %I', name) FROM unnest(string_to_array(:'names', ',')) AS name
+WHERE name NOT IN (SELECT datname FROM pg_database) \\gexec
+"""
 
 
 def programs() -> Path:
@@ -92,19 +96,9 @@ def password_file(file: Path, port: int, password: str) -> dict[str, str]:
 
 def create_databases(port: int, names: Sequence[str]) -> list[str]:
     """The command that makes the databases which are missing."""
-    missing = " UNION ".join(f"SELECT '{name}' AS name" for name in names)
-    script = (
-        f"SELECT format('CREATE DATABASE %I', name) FROM ({missing}) AS wanted "
-        "WHERE name NOT IN (SELECT datname FROM pg_database) \\gexec\n"
-    )
-    command = [
-        str(programs() / "psql"),
-        "--no-psqlrc",
-        "-v",
-        "ON_ERROR_STOP=1",
-        address("postgresql", port, "postgres"),
-    ]
-    return ["/bin/sh", "-c", 'printf "%s\\n" "$0" | "$@"', script, *command]
+    variables = ["-v", "ON_ERROR_STOP=1", "-v", f"names={','.join(names)}"]
+    command = [str(programs() / "psql"), "--no-psqlrc", *variables, address("postgresql", port, "postgres")]
+    return ["/bin/sh", "-c", 'printf "%s\\n" "$0" | "$@"', CREATE_MISSING, *command]  # \gexec is for scripts only
 
 
 def address(scheme: str, port: int, database: str) -> str:

@@ -197,6 +197,7 @@ def worker(plan: Plan) -> Program:
         "PREFECT_API_URL": plan.addresses.prefect_api_url,
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
         "PREFECT_WORKER_QUERY_SECONDS": "5",
         "PREFECT_WORKER_WEBSERVER_HOST": HOST,
         "PREFECT_WORKER_WEBSERVER_PORT": str(plan.ports["worker"]),

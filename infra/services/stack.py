@@ -16,7 +16,7 @@ from infra.services.processes import kill, marked
 from infra.services.programs import DEPLOY, ROOT, Plan, inherited
 from infra.settings import environment
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 """Of all services together; more than the supervisor gives them one after the other."""
 

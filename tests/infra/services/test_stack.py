@@ -82,7 +82,7 @@ def ask(url: str, body: object = None, **headers: str):
 
 
 def left(home: Path) -> list[list[str]]:
-    return [process.cmdline() for process in marked(home)]
+    return [found for process in marked(home) if (found := cmdline(process))]
 
 
 @pytest.mark.servers
