@@ -120,13 +120,11 @@ def mlflow() -> Iterator[Finding]:
     if not uri.startswith(("http://", "https://")):
         yield skipped(name, f"no server is set (SLIMLINE_TRACKING_URI) and none runs; runs are kept in {shown(uri)}")
         return
-    started_at = time.monotonic()
     try:
         answer = tracking.ask(uri, "/api/2.0/mlflow/experiments/search", {"max_results": 1}, timeout_s=ANSWER_S)
     except OSError as error:  # requests' errors are
         yield _unreachable(name, uri, error, "SLIMLINE_TRACKING_URI")
         return
-    elapsed_ms = 1000 * (time.monotonic() - started_at)
     yield from _clock("MLflow", answer.headers)
     host = urlsplit(uri).netloc.rpartition("@")[2]
     if answer.status == 403 and "host header" in answer.body.lower():
@@ -151,7 +149,9 @@ def mlflow() -> Iterator[Finding]:
             "Is it MLflow's server that listens there? Its log says more",
         )
     else:
-        yield _compared(name, shown(uri), tracking.server_version(uri, timeout_s=ANSWER_S), "mlflow", elapsed_ms)
+        started_at = time.monotonic()  # the first request has imported MLflow
+        theirs = tracking.server_version(uri, timeout_s=ANSWER_S)
+        yield _compared(name, shown(uri), theirs, "mlflow", 1000 * (time.monotonic() - started_at))
 
 
 def _compared(name: str, where: str, theirs: str, library: str, elapsed_ms: float) -> Finding:
@@ -255,9 +255,7 @@ def deployments(client: "SyncPrefectClient") -> Iterator[Finding]:
     offered = _all(client, "/deployments/filter")
     offered = [each for each in offered if str(each["entrypoint"] or "").startswith("flows.")]
     if not offered:
-        yield problem(
-            "deployments", "the server knows none of Slimline's", "Create them: prefect --no-prompt deploy --all"
-        )
+        yield problem("deployments", "the server knows none of Slimline's", "Create them: slimline deploy")
         return
     paused = [each["name"] for each in offered if each["paused"]]
     if paused:
@@ -285,7 +283,7 @@ def _pool(client: "SyncPrefectClient", name: str, pool: dict[str, Any] | None) -
         return problem(
             title,
             "does not exist; deployments name it",
-            f"Create it: prefect work-pool create {name} --type process",
+            "Create it: slimline deploy",
         )
     if pool["is_paused"]:
         return problem(title, "is paused: its runs wait", f"prefect work-pool resume {name}")
