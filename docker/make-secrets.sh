@@ -21,6 +21,7 @@ write() { # name, content
 write PGPASSWORD "$(random)"
 write REDISCLI_AUTH "$(random)"
 write PREFECT_API_AUTH_STRING "slimline:$(random)"
+write MLFLOW_AUTH_ADMIN_PASSWORD "$(random)"
 write MLFLOW_TRACKING_PASSWORD "$(random)"
 write MLFLOW_FLASK_SERVER_SECRET_KEY "$(random)"
 write AWS_ACCESS_KEY_ID slimline

@@ -135,6 +135,15 @@ def test_health_is_what_the_api_says():
     assert sh("healthy.sh", "mysql").returncode == 2
 
 
+@pytest.mark.parametrize("requirements", ["mlflow-server.txt", "prefect-server.txt"])
+def test_every_library_of_a_server_is_pinned(requirements):
+    def names(file: Path) -> set[str]:
+        found = re.findall(r"^([A-Za-z0-9._-]+)", file.read_text(), re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+    assert names(DOCKER / requirements) - names(ROOT / "constraints.txt") == set()
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -28,6 +28,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "disk": machine.disk,
     "memory": machine.memory,
     "gpu": machine.gpu,
+    "processes": machine.processes,
     "limits": machine.limits,
     "databases": stores.databases,
     "network": servers.network,

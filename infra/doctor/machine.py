@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 
 from infra.doctor.finding import Finding, ok, problem, skipped, warning
 from infra.failures import START_BYTES
+from infra.services.processes import orphans
 from infra.settings import environment, settings
 
 ROOT = Path(__file__).parents[2]
@@ -339,6 +340,17 @@ def _gpus(nvml: Any) -> Iterator[Finding]:
 
 def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def processes() -> Iterator[Finding]:
+    """What killed runs left behind."""
+    left = [str(process.pid) for process in orphans(settings().home)]
+    if left:
+        yield warning(
+            "processes", f"{len(left)} of killed runs still run ({_some(left)})", "The next `slimline run` ends them"
+        )
+    else:
+        yield ok("processes", "none is left of an earlier run")
 
 
 def limits() -> Iterator[Finding]:

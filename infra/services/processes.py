@@ -74,12 +74,20 @@ def end_orphans(home: Path) -> int:
 
     Prefect's server inside a flow is one: it ends with the flow unless the flow gets a SIGKILL.
     """
-    orphans = []
+    found = orphans(home)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(found, timeout=10)
+    return len(found)
+
+
+def orphans(home: Path) -> list[psutil.Process]:
+    """Processes that killed runs of `home` left behind."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             pid, started_at, of = (process.environ().get(RUN_MARK) or "0 0 ").split(" ", 2)
             if of == str(home) and not ProcessId(pid=int(pid), started_at=float(started_at)).alive():
-                process.kill()
-                orphans.append(process)
-    psutil.wait_procs(orphans, timeout=10)
-    return len(orphans)
+                found.append(process)
+    return found

@@ -104,6 +104,14 @@ def test_kustomizations_list_every_file():
         assert all(path.exists() for path in listed)
 
 
+def test_pools_are_the_project_s_but_for_their_type():
+    ours, project = ((path / "prefect.yaml").read_text().splitlines() for path in (KUBERNETES / "workers", ROOT))
+    different = [line for line in ours if line not in project]
+    assert len(ours) == len(project)
+    assert len(different) == 1
+    assert "type: kubernetes, base_job_template: base-job-template.json" in different[0]
+
+
 def test_every_variable_of_the_template_is_used_and_defined():
     template = json.loads(TEMPLATE.read_text())
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(template["job_configuration"])))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from infra.doctor import machine
 from infra.doctor.examination import examine
 from infra.doctor.finding import Finding, ok, problem
+from infra.services.processes import RUN_MARK
 from infra.settings import settings
 
 ROOT = Path(__file__).parents[3]
@@ -200,6 +201,20 @@ def test_driver_that_does_not_answer_is_a_problem_only_where_there_is_a_gpu(monk
     (found,) = machine.gpu(lambda: Nvml(answers=False))
     assert found.state == "problem"
     assert "NVIDIA_DRIVER_CAPABILITIES" in found.remedy
+
+
+def test_process_of_a_killed_run_is_found(home):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = subprocess.Popen(["sleep", "60"], env={**os.environ, RUN_MARK: f"{gone.pid} 1.0 {home}"})
+    try:
+        found = next(iter(machine.processes()))
+        assert found.state == "warning"
+        assert str(left.pid) in found.says
+    finally:
+        left.kill()
+        left.wait()
+    assert next(iter(machine.processes())).state == "ok"
 
 
 def test_limit_of_open_files_is_told():
