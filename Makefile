@@ -8,7 +8,7 @@
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
 JOBS ?= 2
-EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,local,servers,benchmarks,lm-eval,demo,test,dev
+EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,kubernetes,local,servers,benchmarks,lm-eval,demo,test,dev
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
