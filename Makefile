@@ -60,7 +60,7 @@ check: install ## lint, bandit's rules, format, types, import contracts, Dockerf
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck docker/*.sh
 
-audit: ## known vulnerabilities of what constraints.txt pins; asks pypi.org, so it needs the Internet
+audit: install ## known vulnerabilities of what constraints.txt pins; asks pypi.org, so it needs the Internet
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
 	  || { echo "audit: either something above is vulnerable, or pypi.org could not be asked ('not found on PyPI'): then nothing was audited"; exit 1; }
 
