@@ -217,10 +217,11 @@ class Bucket:
 
     def put(self, directory: Path) -> Artifact:
         def send(path: Path) -> File:
-            found = _describe(directory, path)
+            found = _describe(directory, path, cache.digest_of(path))
             s3.send(transfers, path, self._blob(found.sha256))
             return found
 
+        cache = _cache()
         with self._failures(), s3.Transfers() as transfers:
             s3.require_bucket(self.uri)
             found = transfers.each_file(send, _paths(directory))
@@ -230,8 +231,8 @@ class Bucket:
             if s3.size_of(artifact.uri) != len(listed):
                 s3.write(artifact.uri, listed)  # last: who reads it finds every blob
         contents = {file.path: file.sha256 for file in found}
-        _cache().keep(directory, sha256, listed, contents, lambda: _is_complete(artifact))
-        _cache().evict()
+        cache.keep(directory, sha256, listed, contents, lambda: _is_complete(artifact))
+        cache.evict()
         _end_abandoned(self.uri)
         return artifact
 
@@ -364,9 +365,9 @@ def _paths(directory: Path) -> list[Path]:
     return paths
 
 
-def _describe(directory: Path, path: Path) -> File:
+def _describe(directory: Path, path: Path, sha256: str | None = None) -> File:
     name = path.relative_to(directory).as_posix()
-    return File(path=name, size_bytes=path.stat().st_size, sha256=_digest(path))
+    return File(path=name, size_bytes=path.stat().st_size, sha256=sha256 or _digest(path))
 
 
 def _manifest(found: Iterable[File]) -> bytes:

@@ -8,11 +8,12 @@
 
 import fcntl
 import functools
+import itertools
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,6 +21,11 @@ from pathlib import Path
 from infra.locks import held, is_held
 
 logger = logging.getLogger(__name__)
+
+COMPARED_BYTES = 2**20
+"""Smaller files are hashed in less time than it takes to look for one that is the same."""
+BLOCK_BYTES = 2**20
+NUM_LOOKS = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,23 @@ class Cache:
             user = _user(self.root, os.getpid())
             user.write("".join(f"{name}\n" for name in names))
             user.flush()
+
+    def digest_of(self, file: Path) -> str | None:
+        """The SHA-256 of a large `file`, if a blob here has the very same bytes: comparing them is faster than hashing.
+
+        A blob was compared with its name when it came here.
+        """
+        size = file.stat().st_size
+        if size < COMPARED_BYTES:
+            return None
+        blobs = [(facts.st_mtime, blob) for blob in _entries(self.root / "blobs") if (facts := _facts(blob, size))]
+        # Models of one shape have one size; a look at a few places tells nearly all of them apart.
+        places = range(0, size, max(1, size // NUM_LOOKS))
+        alike = (blob for _, blob in sorted(blobs, reverse=True)[:NUM_LOOKS] if _are_same(file, blob, places, 4096))
+        for blob in itertools.islice(alike, 2):
+            if _are_same(file, blob, range(0, size, BLOCK_BYTES), BLOCK_BYTES):
+                return blob.name
+        return None
 
     def keep(
         self, directory: Path, sha256: str, manifest: bytes, files: Mapping[str, str], whole: Callable[[], bool]
@@ -156,6 +179,28 @@ def _user(root: Path, pid: int) -> TextIOWrapper:
     user = (root / "users" / f"{pid}-{uuid.uuid4().hex}").open("w")
     fcntl.flock(user, fcntl.LOCK_EX)
     return user
+
+
+def _facts(blob: Path, size: int) -> os.stat_result | None:
+    """What is known of a blob if it has this size."""
+    try:
+        facts = blob.stat()
+    except FileNotFoundError:  # evicted a moment ago
+        return None
+    return facts if facts.st_size == size else None
+
+
+def _are_same(one: Path, other: Path, places: Iterable[int], length: int) -> bool:
+    """Whether two files have the same bytes at these places, `length` each or up to the end."""
+    first, second = bytearray(length), bytearray(length)
+    try:
+        with one.open("rb", buffering=0) as a, other.open("rb", buffering=0) as b:
+            return all(
+                os.preadv(a.fileno(), [first], at) == os.preadv(b.fileno(), [second], at) and first == second
+                for at in places
+            )
+    except FileNotFoundError:  # evicted a moment ago
+        return False
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(".slimline/storage"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us, however we end
     out = given.out.resolve()
     scratch = out / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import s3
+from infra import artifacts, s3
 from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, files, new_directory, publish, verify
 from infra.failures import InfrastructureError
 from infra.settings import settings
@@ -111,6 +111,29 @@ def test_publishing_the_same_again_sends_no_file(sent):
     sent.clear()
     assert publish(directory(a=bytes_of(0, 9 * MIB), b=b"2")) == artifact
     assert {method for method, _, _ in sent} == {"HEAD"}
+
+
+def test_a_large_file_that_is_here_already_is_compared_and_not_hashed(machine, monkeypatch):
+    content = bytes_of(0, 3 * MIB + 5)
+    artifact = publish(directory(a=content, b=b"2"))
+    monkeypatch.setattr(artifacts, "_digest", lambda file: hashlib.sha256(_small(file).read_bytes()).hexdigest())
+    assert publish(directory(a=content, b=b"2")) == artifact
+
+
+def _small(file: Path) -> Path:
+    assert file.stat().st_size < MIB
+    return file
+
+
+@pytest.mark.parametrize("at", [0, 12345, 2 * MIB, 3 * MIB + 4])
+def test_a_file_that_differs_in_one_byte_from_one_of_the_same_size_has_its_own_name(at, machine):
+    content = bytes_of(0, 3 * MIB + 5)
+    changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    publish(directory(a=content))
+    artifact = publish(directory(a=changed))
+    assert files(artifact)[0].sha256 == hashlib.sha256(changed).hexdigest()
+    machine("second")
+    assert contents(fetch(artifact)) == {"a": changed}
 
 
 def test_what_is_here_is_not_asked_for(sent):
