@@ -218,10 +218,10 @@ class Bucket:
     def put(self, directory: Path) -> Artifact:
         def send(path: Path) -> File:
             found = _describe(directory, path, cache.digest_of(path))
-            s3.send(transfers, path, self._blob(found.sha256))
+            sent.append(s3.send(transfers, path, self._blob(found.sha256)))
             return found
 
-        cache = _cache()
+        cache, sent = _cache(), list[bool]()
         with self._failures(), s3.Transfers() as transfers:
             s3.require_bucket(self.uri)
             found = transfers.each_file(send, _paths(directory))
@@ -233,7 +233,8 @@ class Bucket:
         contents = {file.path: file.sha256 for file in found}
         cache.keep(directory, sha256, listed, contents, lambda: _is_complete(artifact))
         cache.evict()
-        _end_abandoned(self.uri)
+        if any(sent):
+            _end_abandoned(self.uri)
         return artifact
 
     def has(self, artifact: Artifact) -> bool:

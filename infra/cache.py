@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 COMPARED_BYTES = 2**20
 """Smaller files are hashed in less time than it takes to look for one that is the same."""
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**18
+"""Two of these stay in a core's cache while they are compared."""
 NUM_LOOKS = 32
 
 

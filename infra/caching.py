@@ -190,13 +190,20 @@ def shared_results() -> Iterator[None]:
 
 
 def earlier_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
-    """The result that calling `task` with `arguments` would be served from the cache, or None if it would run."""
+    """The result that calling `task` with `arguments` would be served from the cache, or None if it would run.
+
+    Raises:
+        ConnectionError: the store does not answer.
+    """
     policy = task.cache_policy
     assert isinstance(policy, CacheKeyFnPolicy)
     assert policy.cache_key_fn
     key = policy.cache_key_fn(SimpleNamespace(task=task), arguments)  # type: ignore[arg-type]
     store = ResultStore(result_storage=_result_storage()).update_for_task(task, _sync=True)  # type: ignore[call-arg]
     assert isinstance(store, ResultStore)  # _sync
+    storage = store.result_storage
+    if isinstance(storage, StoredResults) and not (key and s3.size_of(f"{storage.uri}/{key}")):
+        return None  # asked for by ourselves: Prefect takes a store that is away for one without the result
     if not key or not store.exists(key):
         return None
     return store.read(key).result

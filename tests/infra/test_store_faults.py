@@ -16,7 +16,9 @@ import pytest
 
 from infra import s3
 from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, new_directory, publish, verify
+from infra.caching import earlier_result
 from infra.settings import settings
+from tasks.checkpoint import import_checkpoint
 from tests.infra.fault_proxy import Answer, Corrupt, Cut, Exchange, Fault, FaultProxy, Slow, Truncate, fault_proxy
 
 pytestmark = pytest.mark.servers
@@ -444,9 +446,11 @@ def test_an_upload_that_nobody_goes_on_with_is_ended(client, monkeypatch):
     assert unfinished() == []
 
 
-def test_a_store_that_is_away_is_not_taken_for_one_without_the_artifact(proxy, machine):
+def test_a_store_that_is_away_is_not_taken_for_an_empty_one(proxy, machine):
     artifact = publish(directory(config=b"{}"))
     machine("second", SLIMLINE_S3_RETRY_S="0.2")
     proxy.cut(60)
     with pytest.raises(ConnectionError):
         exists(artifact)
+    with pytest.raises(ConnectionError):
+        earlier_result(import_checkpoint, {"source": "somewhere", "source_fingerprint": ""})
