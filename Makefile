@@ -8,14 +8,14 @@
 
 RECIPE ?= recipes/smollm2-135m_cpu.yaml
 JOBS ?= 2
-EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,s3,kubernetes,local,servers,benchmarks,lm-eval,demo,test,dev
+EXTRAS := onnxruntime,openvino,export,tensorrt-rtx,ray,s3,kubernetes,local,servers,benchmarks,lm-eval,demo,test,dev
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-chain test-flows test-servers check audit up down bench bench-quantization bench-engines bench-storage test-real clean
+.PHONY: help install run test test-chain test-flows test-servers check audit up down bench bench-quantization bench-engines bench-storage bench-faults bench-orchestration test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,12 @@ bench-engines: install ## Slimline's engine bundles beside other runtimes: speed
 
 bench-storage: install ## uploads and downloads of the artifact store beside boto3's own: minutes, 10 GB of disk
 	$(BIN)/python tests/benchmarks/storage.py $(ARGS)
+
+bench-faults: install ## 200 random SIGKILLs over many short runs, and what is left afterwards, counted (about an hour)
+	$(BIN)/python -m tests.flows.kills --kills 200 $(ARGS)
+
+bench-orchestration: install ## what a flow costs besides its stages: cold, cached, and by the number of stages
+	$(BIN)/python tests/benchmarks/orchestration.py $(ARGS)
 
 clean: ## removes .venv and caches; results in .slimline/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

@@ -10,30 +10,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.pipeline import pipeline
-from flows.recipe import Candidate, Recipe, has_time_budget
+from flows.recipe import Recipe, has_time_budget
+from flows.resources import ON_GPU, disk_mib, memory_mib, needs
 from flows.sources import source_notes, source_obstacles
 from infra.artifacts import exists
 from infra.caching import content, earlier_result
 from infra.console import console
 from infra.hardware import hardware
 from infra.settings import settings
+from infra.slots import Needs
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
-from tasks.engines import Engine, label
-from tasks.quantization import FromSource, grids_of
-from tasks.quantization.mixed import Mixed
-from tasks.quantization.token_times import pairs_to_time
+from tasks.engines import label
+from tasks.quantization import grids_of
 from tasks.validation.energy import Meter
 from tasks.validation.gpu_memory import GpuMemory
 from tasks.validation.latency import ENERGY, GPU_MEMORY
-
-FLOAT32_BYTES = 4
-ON_GPU = ("tensorrt",)
-"""Engines that hold their weights there."""
-TRAINING_BYTES_PER_STUDENT_PARAMETER = 16
-"""float32 weights, gradients and two Adam moments."""
-PROCESS_MIB = 600
-"""What Python, torch and transformers take before any weight; measured, torch 2.13 on Linux."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class Step:
 
     title: str
     cached: bool
+    needs: Needs
     shared_with: str | None = None  # an earlier stage that is the same: the same inputs and options
 
 
@@ -72,29 +65,32 @@ def plan(recipe: Recipe) -> Plan:
     """
     found = Plan(obstacles=obstacles(recipe))
     planned: dict[str, tuple[str, Any]] = {}
+    found.estimate = estimate(recipe.source)
+    num_parameters = found.estimate.num_parameters
+    memory = memory_mib(recipe, num_parameters) if num_parameters else {}
 
     def look_up(task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> Any:
         title = f"{label} {task.name}".strip()
+        asked = needs(task.name, title, arguments, memory.get(task.name, memory.get("")))
         stage = json.dumps([task.name, content(arguments)], sort_keys=True)
         if stage in planned:
             earlier, outcome = planned[stage]
-            found.steps.append(Step(title, not isinstance(outcome, _Pending), shared_with=earlier))
+            found.steps.append(Step(title, not isinstance(outcome, _Pending), asked, shared_with=earlier))
             return outcome
         values = [v for a in arguments.values() for v in (a.values() if isinstance(a, dict) else [a])]
         result = None
         if not any(isinstance(value, _Pending) for value in values):
             result = earlier_result(task, arguments)
         cached = result is not None and exists(result.artifact)
-        found.steps.append(Step(title, cached))
+        found.steps.append(Step(title, cached, asked))
         planned[stage] = (title, result if cached else _Pending(title))
         return planned[stage][1]
 
     pipeline(recipe, look_up)
-    found.estimate = estimate(recipe.source)
     found.notes += notes(recipe) + source_notes(recipe)
-    if found.estimate.num_parameters:
-        found.peak_memory_mib = peak_memory_mib(recipe, found.estimate.num_parameters)
-        found.disk_mib = disk_mib(recipe, found.estimate.num_parameters, found.estimate.download_bytes or 0)
+    if num_parameters:
+        found.peak_memory_mib = max(memory.values())
+        found.disk_mib = disk_mib(recipe, num_parameters, found.estimate.download_bytes or 0)
         _compare_with_machine(found)
     return found
 
@@ -167,76 +163,6 @@ def notes(recipe: Recipe) -> list[str]:
     return found
 
 
-def peak_memory_mib(recipe: Recipe, num_parameters: int) -> float:
-    """Estimated peak of the largest stage, in MiB: weights and optimizer state; activations come on top of it."""
-    model_mib = num_parameters * FLOAT32_BYTES / 2**20
-    candidates = recipe.candidates.values()
-    after = [c.quantization_training.train for c in candidates if c.quantization_training]
-    training = "all" in after or any(c.distillation or c.recovery for c in candidates)
-    stages = [PROCESS_MIB + 2 * model_mib]  # import, pruning, compiling, training scales: the model and a copy
-    if training:
-        student = num_parameters * TRAINING_BYTES_PER_STUDENT_PARAMETER / 2**20
-        stages.append(PROCESS_MIB + model_mib + student)
-    if recipe.validation.speed:
-        served = [_served_mib(model_mib, c, e) for c, e in _subjects(recipe)]
-        for subjects in (served, *_temporary_mib(recipe, model_mib)):
-            timed = [model_mib] * 2 + subjects  # the original and its control
-            together = sum(timed) + PROCESS_MIB / 2 * len(timed)
-            stages.append(PROCESS_MIB + min(together, recipe.validation.speed.max_memory_mib))  # in groups, beyond it
-    if load := recipe.validation.load:
-        together = sum(_served_mib(model_mib, c, e) + PROCESS_MIB for c, e in _subjects(recipe))  # with tokenizers
-        stages.append(PROCESS_MIB + min(together, load.max_memory_mib))
-    return max(stages)
-
-
-def disk_mib(recipe: Recipe, num_parameters: int, download_bytes: int) -> float:
-    """Estimated disk that the artifacts take, in MiB, the download included.
-
-    And what one stage at a time takes besides: the engines that are built to keep a budget of time, and the quantized
-    checkpoint that the last of them is compiled from.
-    """
-    model_mib = num_parameters * FLOAT32_BYTES / 2**20
-    checkpoints, quantized = set(), set()  # candidates that begin alike share them
-    for candidate in recipe.candidates.values():
-        chain: tuple[str, ...] = ()
-        for stage in (candidate.distillation, candidate.pruning, candidate.recovery):
-            if stage:
-                chain += (repr(stage),)
-                checkpoints.add(chain)
-        if candidate.quantization:
-            chain += (repr(candidate.quantization),)
-            quantized.add(chain)
-            if candidate.quantization_training:
-                quantized.add((*chain, repr(candidate.quantization_training)))
-    bundles = sum(_served_mib(model_mib, c, e) * (2 if c.tune else 1) for c, e in _subjects(recipe))
-    temporary = max((sum(engines) + model_mib / 4 for engines in _temporary_mib(recipe, model_mib)), default=0.0)
-    return download_bytes / 2**20 + model_mib * (1 + len(checkpoints) + len(quantized) / 4) + bundles + temporary
-
-
-def _subjects(recipe: Recipe) -> list[tuple[Candidate, Engine]]:
-    baselines = [(Candidate(), engine) for engine in recipe.baseline_engines()]
-    return baselines + [(c, engine) for c in recipe.candidates.values() for engine in recipe.engines_of(c)]
-
-
-def _temporary_mib(recipe: Recipe, model_mib: float) -> list[list[float]]:
-    """Of every candidate with a budget of time, the sizes of the engines that are timed to keep it."""
-    found = []
-    for candidate in recipe.candidates.values():
-        method = candidate.quantization
-        if method is None or isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
-            continue
-        if method.weights.tpot_ms is not None:
-            tables = method.weights.embedding_choices or (method.embeddings,)
-            engines = set(pairs_to_time(method.weights.choices, tables).values())
-            (engine,) = recipe.engines_of(candidate)  # the recipe refuses the budget with more
-            found.append([_served_mib(model_mib, candidate, engine)] * len(engines))
-    return found
-
-
-def _served_mib(model_mib: float, candidate: Candidate, engine: Engine) -> float:
-    return model_mib / 4 if candidate.quantization else model_mib
-
-
 def _compare_with_machine(found: Plan) -> None:
     memory_mib = hardware()["memory_mib"]
     if found.peak_memory_mib and found.peak_memory_mib > memory_mib:
@@ -256,10 +182,10 @@ def _compare_with_machine(found: Plan) -> None:
 
 def show(found: Plan) -> None:
     """Print the plan."""
-    table = Table("stage", "", box=None, pad_edge=False)
+    table = Table("stage", "needs", "", box=None, pad_edge=False)
     for step in found.steps:
         state = f"same as {step.shared_with}" if step.shared_with else "to run"
-        table.add_row(step.title, "[green]cached[/]" if step.cached else state)
+        table.add_row(step.title, _words(step.needs), "[green]cached[/]" if step.cached else state)
     console.print(table)
     stages = [step for step in found.steps if not step.shared_with]
     console.print(f"\n{len(stages)} stages, {sum(not step.cached for step in stages)} to run.")
@@ -273,3 +199,9 @@ def show(found: Plan) -> None:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     for obstacle in found.obstacles:
         console.print(f"[red]cannot run here[/] {escape(obstacle)}", soft_wrap=True)
+
+
+def _words(needs: Needs) -> str:
+    memory = f"{needs.memory_mib:,.0f} MiB" if needs.memory_mib else ""
+    cores = f"{needs.cores} core{'s' * (needs.cores > 1)}"
+    return ", ".join(filter(None, [cores, memory, "GPU" * needs.gpu, "the machine alone" * needs.alone]))

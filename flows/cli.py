@@ -441,11 +441,13 @@ def _end_orderly() -> None:
 def _connect() -> None:
     """Point Prefect and MLflow at the servers of `slimline up` when they run, else at files under the home."""
     from infra import services
+    from infra.artifacts import remove_abandoned
     from infra.failures import require_room
 
     home = settings().home
     require_room(home)
     services.end_orphans(home)
+    remove_abandoned()
     running = services.running(home)
     servers = running.for_clients(home) if running else {}
     prepare_environment(**servers, **services.run_mark(home))

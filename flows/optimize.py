@@ -7,6 +7,7 @@ from prefect import flow
 from flows.check import obstacles
 from flows.deciding import decide
 from flows.diagnosing import diagnose_candidates
+from flows.fanning import fan_out
 from flows.outcome import Outcome
 from flows.pipeline import pipeline
 from flows.recipe import Recipe
@@ -32,7 +33,8 @@ def optimize(recipe: Recipe) -> Outcome:
     started_at = time.monotonic()
     with flow_run(f"optimize {recipe.name}", recipe_json=recipe.model_dump_json(indent=1), tags={}) as parent:
         console.print(f"[bold]{recipe.name}[/] from {recipe.source}")
-        run = Runner(parent)
+        run = Runner.of(recipe, parent)
+        fan_out(recipe, run)
         products = pipeline(recipe, run)
         judgements = decide(recipe, products, run)
         diagnoses = diagnose_candidates(recipe, products, judgements, run)

@@ -74,22 +74,40 @@ def pipeline(recipe: Recipe, run: Run) -> Products:
     Raises:
         StageError: what all candidates need failed, or every candidate did.
     """
-    original = run(import_checkpoint, ORIGINAL, source=recipe.source, source_fingerprint=fingerprint(recipe.source))
-    products = begin(recipe, original, run)
+    products = begin(recipe, import_original(recipe, run), run)
     errors: list[StageError] = []
-    for name, candidate in {ORIGINAL: Candidate(), **recipe.candidates}.items():
-        engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
-        keys = {f"{name}/{label(engine)}": engine for engine in engines}
-        with surviving(products, errors, *keys):
-            products.checkpoints[name] = _compress(name, candidate, recipe, original, products.data, run)
-        for key, engine in keys.items():
-            if name in products.checkpoints:
-                with surviving(products, errors, key):
-                    _compile_and_measure(key, products.checkpoints[name], engine, candidate, recipe, products, run)
+    for name in (ORIGINAL, *recipe.candidates):
+        errors += make(name, recipe, products, run)
     if errors and not any(is_candidate(key) for key in {*products.bundles, *products.built_only} - {*products.failed}):
         raise errors[-1]  # nothing is left that a verdict could be on
     measure_together(recipe, products, run)
     return products
+
+
+def import_original(recipe: Recipe, run: Run) -> StageResult:
+    """The recipe's source as a checkpoint."""
+    return run(import_checkpoint, ORIGINAL, source=recipe.source, source_fingerprint=fingerprint(recipe.source))
+
+
+def make(name: str, recipe: Recipe, products: Products, run: Run) -> list[StageError]:
+    """Make one candidate, or the unchanged model, in each of its engines, and measure its answers.
+
+    What was made is added to `products`.
+
+    Returns:
+        What ended some of it; noted there too.
+    """
+    errors: list[StageError] = []
+    candidate = Candidate() if name == ORIGINAL else recipe.candidates[name]
+    engines = recipe.baseline_engines() if name == ORIGINAL else recipe.engines_of(candidate)
+    keys = {f"{name}/{label(engine)}": engine for engine in engines}
+    with surviving(products, errors, *keys):
+        products.checkpoints[name] = _compress(name, candidate, recipe, products.original, products.data, run)
+    for key, engine in keys.items():
+        if name in products.checkpoints:
+            with surviving(products, errors, key):
+                _compile_and_measure(key, products.checkpoints[name], engine, candidate, recipe, products, run)
+    return errors
 
 
 def begin(recipe: Recipe, original: StageResult, run: Run) -> Products:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from flows.explain import explain
+from flows.retrying import Execution
 from tasks.calibration.corpora import Data
 from tasks.distillation import Distillation, Recovery
 from tasks.engines import Engine, label
@@ -145,6 +146,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     candidates: dict[Name, Candidate] = Field(min_length=1)
     engines: tuple[Engine, ...] = Field(min_length=1, description="Engines of every candidate that names none.")
     validation: Validation = Validation()
+    execution: Execution = Field(Execution(), description="Retries and time limits; changes nothing about results.")
     register_as: Name | None = Field(None, description="Registered model that the best accepted candidate joins.")
 
     @field_validator("candidates")

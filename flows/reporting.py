@@ -407,6 +407,10 @@ def _layer(layer: QuantizedLayer) -> LayerFigures:
 def _notes(records: list[StageRecord]) -> list[str]:
     notes = []
     for record in records:
+        notes += [
+            f"{record.title}: attempt {number} failed and was made again: {said}"
+            for number, said in enumerate(record.failures, start=1)
+        ]
         found = record.result.metrics.get("notes")
         notes += [f"{record.title}: {note}" for note in found] if isinstance(found, list) else []
     return list(dict.fromkeys(notes))

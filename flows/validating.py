@@ -97,7 +97,7 @@ def validate(recipe: Recipe, bundle: str, directory: str, command: str) -> Outco
         f"validate {bundle}", recipe_json=recipe.model_dump_json(indent=1), tags={"bundle": bundle}
     ) as parent:
         console.print(f"[bold]{bundle}[/] against {recipe.source}")
-        run = Runner(parent)
+        run = Runner.of(recipe, parent)
         products = _measure(recipe, Path(directory), run)
         judgements = judge_candidates(recipe, products)
         diagnoses = diagnose_candidates(recipe, products, judgements, run)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from infra import s3
 from infra.cache import Cache
 from infra.failures import AGAIN, InfrastructureError
 from infra.locks import held
+from infra.services import ProcessId
 from infra.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,19 @@ def new_directory() -> Path:
     """An empty directory to fill and publish, on the home's file system, so that publishing moves no bytes there."""
     scratch = settings().home / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=scratch))
+    own = ProcessId.own()
+    return Path(tempfile.mkdtemp(dir=scratch, prefix=f"{socket.gethostname()}~{own.pid}~{own.started_at}~"))
+
+
+def remove_abandoned() -> int:
+    """Remove what killed processes of this machine left of their `new_directory`s; how many that were."""
+    abandoned = []
+    for path in (settings().home / "scratch").glob(f"{socket.gethostname()}~*~*~*"):
+        _, pid, started_at, _ = path.name.split("~")
+        if not ProcessId(pid=int(pid), started_at=float(started_at)).alive():
+            shutil.rmtree(path, ignore_errors=True)
+            abandoned.append(path)
+    return len(abandoned)
 
 
 def publish(directory: Path) -> Artifact:

@@ -189,21 +189,34 @@ def shared_results() -> Iterator[None]:
         yield
 
 
+def cache_key(task: Task[..., Any], arguments: dict[str, Any]) -> str | None:
+    """Under which the result of calling `task` with `arguments` is kept; None: it is not."""
+    policy = task.cache_policy
+    if not isinstance(policy, CacheKeyFnPolicy) or policy.cache_key_fn is None:
+        return None
+    return policy.cache_key_fn(SimpleNamespace(task=task), arguments)  # type: ignore[arg-type]
+
+
+def current_key() -> str | None:
+    """Under which the result of the task that is running is kept; None outside of one."""
+    context = TaskRunContext.get()
+    return cache_key(context.task, context.parameters) if context else None
+
+
 def earlier_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
     """The result that calling `task` with `arguments` would be served from the cache, or None if it would run.
 
     Raises:
         ConnectionError: the store does not answer.
     """
-    policy = task.cache_policy
-    assert isinstance(policy, CacheKeyFnPolicy)
-    assert policy.cache_key_fn
-    key = policy.cache_key_fn(SimpleNamespace(task=task), arguments)  # type: ignore[arg-type]
+    key = cache_key(task, arguments)
+    if not key:
+        return None
     store = ResultStore(result_storage=_result_storage()).update_for_task(task, _sync=True)  # type: ignore[call-arg]
     assert isinstance(store, ResultStore)  # _sync
     storage = store.result_storage
-    if isinstance(storage, StoredResults) and not (key and s3.size_of(f"{storage.uri}/{key}")):
+    if isinstance(storage, StoredResults) and not s3.size_of(f"{storage.uri}/{key}"):
         return None  # asked for by ourselves: Prefect takes a store that is away for one without the result
-    if not key or not store.exists(key):
+    if not store.exists(key):
         return None
     return store.read(key).result

@@ -37,9 +37,16 @@ SAID = {
     "unable to open database file": errno.EACCES,
     "disk I/O error": errno.EIO,
 }
-SILENT = ("ConnectionError", "Timeout", "RetryError", "ConnectError", "ConnectTimeout", "ReadTimeout")
-SERVERS = {"requests": "The tracking server (MLflow)", "httpx": "The Prefect server", "botocore": "The object store"}
+SILENT = ("ConnectionError", "Timeout", "TimeoutError", "RetryError", "ConnectError", "ConnectTimeout", "ReadTimeout")
+SERVERS = {
+    "requests": "The tracking server (MLflow)",
+    "httpx": "The Prefect server",
+    "botocore": "The object store",
+    "redis": "The lock server (Redis)",
+}
 """Whom Slimline's own process talks to through these libraries."""
+LOCKED = "database is locked"
+"""SQLite's word for a database that another process has been writing for longer than it waits."""
 AGAIN = "Run the same command again then: finished stages are kept."
 
 
@@ -150,12 +157,22 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
+def is_transient(error: BaseException) -> bool:
+    """Whether the same may go well a little later: a server or store did not answer, a database was in use."""
+    return any(type(each) is ConnectionError for each in _chain(error)) or silent_server(error) is not None
+
+
 def silent_server(error: BaseException) -> str | None:
-    """That a server does not answer, if an error comes from that, in sentences."""
+    """That a server, or a database, does not answer, if an error comes from that, in sentences."""
     chain = list(_chain(error))
     packages = {type(each).__module__.partition(".")[0] for each in chain}
     if "huggingface_hub" in packages:  # it speaks httpx too, and says itself what is wrong
         return None
+    if any(LOCKED in str(each) for each in chain):
+        return (
+            f"The database of {settings().home} was in use by other processes for too long. Where many run at once, "
+            f"let them talk to servers: `slimline up`. {AGAIN}"
+        )
     for each in chain:
         for kind in type(each).__mro__:
             package = kind.__module__.partition(".")[0]

@@ -6,6 +6,7 @@ nothing with them: a fork after torch has used its threads hangs. A stage leads 
 with the flow's process even when that is killed, by watching a pipe that only the flow holds open.
 """
 
+import errno
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from pydantic import BaseModel, TypeAdapter, ValidationError, validate_call
 from pydantic_core import to_jsonable_python
 
@@ -28,6 +30,11 @@ from infra.failures import InfrastructureError, explain, is_full
 
 Progress = Callable[[int, int, dict[str, float]], None]
 T = TypeVar("T")
+OOM_COUNTERS = tuple(
+    map(Path, ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"))
+)
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "bad_alloc", "bad allocation")
+"""What libraries say that have no MemoryError."""
 PRELOADED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto"]
 
 
@@ -41,6 +48,25 @@ class StageFailed(StageError):
 
 class StageCrashed(StageError):
     """A stage died of something it did not foresee; the log holds the rest."""
+
+
+class NativeCrash(StageCrashed):
+    """A signal ended a stage: a fault in native code, or somebody's SIGKILL."""
+
+
+class TookTooLong(StageCrashed):
+    """A stage was ended at its time limit."""
+
+
+class OutOfMemory(StageCrashed):
+    """There was not memory enough for a stage; `left_mib` is what others left it."""
+
+    def __init__(self, message: str, left_mib: float) -> None:
+        super().__init__(message)
+        self.left_mib = left_mib
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.left_mib)
 
 
 class Finished(BaseModel, frozen=True):
@@ -74,11 +100,15 @@ def run_isolated(
 
     Raises:
         StageFailed: the function raised ValueError or OSError; the message is its own.
-        StageCrashed: any other exception, a native crash, or the limit; names the signal and the log.
+        NativeCrash: it died of a signal; names it, and the log.
+        OutOfMemory: the kernel ended it for lack of memory, or it was refused some.
+        TookTooLong: the limit.
+        StageCrashed: any other exception.
         InfrastructureError: the disk is full or cannot be written, however the function ended for that.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
+    left_mib, killed_for_memory = _available_mib(), _killed_for_memory()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     messages, answers = context.Pipe(duplex=False)
@@ -116,12 +146,18 @@ def run_isolated(
     elapsed_s = time.monotonic() - started_at
     near = Path(arguments.get("out", log_path.parent))
     if outcome is None:
-        _explain_death(function, child.exitcode or 0, timeout_s, elapsed_s, log_path, near)
-    assert outcome is not None
+        if timeout_s and elapsed_s >= timeout_s:
+            raise TookTooLong(f"{function} was ended after its limit of {timeout_s:.0f} s. Its log: {log_path}.")
+        left_mib = min(left_mib, _available_mib())  # the stage has given its own back
+        for_memory = killed_for_memory is None or killed_for_memory != _killed_for_memory()
+        raise _death(function, child.exitcode or 0, log_path, near, for_memory, left_mib)
     if "surroundings" in outcome:
         raise InfrastructureError(outcome["surroundings"])
     if "failed" in outcome:
         raise StageFailed(outcome["failed"])
+    if "memory" in outcome:
+        left_mib = min(left_mib, _available_mib())
+        raise OutOfMemory(_out_of_memory(f"was refused memory: {outcome['memory']}", function, log_path), left_mib)
     if "crashed" in outcome:
         raise StageCrashed(f"{function} failed: {outcome['crashed']}. The whole story is in {log_path}.")
     value = TypeAdapter(result).validate_python(outcome["result"])
@@ -135,21 +171,38 @@ def _kill_group(child: Any) -> None:
         child.kill()
 
 
-def _explain_death(
-    function: str, returncode: int, timeout_s: float | None, elapsed_s: float, log_path: Path, near: Path
-) -> None:
-    if timeout_s and elapsed_s >= timeout_s:
-        raise StageCrashed(f"{function} was ended after its limit of {timeout_s:.0f} s. Its log: {log_path}.")
+def _death(
+    function: str, returncode: int, log_path: Path, near: Path, for_memory: bool, left_mib: float
+) -> StageCrashed | InfrastructureError:
+    """Why a stage left no result."""
     if is_full(near):  # mapped memory that has no room on its disk ends a process with SIGBUS
         error = OSError(f"{function} died, and there is no room on its disk")
-        raise InfrastructureError(explain(error, near, servers=False))
-    if returncode == -signal.SIGKILL:
-        raise StageCrashed(
-            f"{function} was killed (SIGKILL), most likely for lack of memory. Free some, use a smaller batch or "
-            f"sequence length, or a smaller model. Its log: {log_path}."
-        )
-    how = signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
-    raise StageCrashed(f"{function} died with {how} and left no result. Its log: {log_path}.")
+        return InfrastructureError(explain(error, near, servers=False))
+    if returncode == -signal.SIGKILL and for_memory:
+        said = _out_of_memory("was killed (SIGKILL), most likely for lack of memory", function, log_path)
+        return OutOfMemory(said, left_mib)
+    if returncode >= 0:
+        return StageCrashed(f"{function} died with exit code {returncode} and left no result. Its log: {log_path}.")
+    how = signal.Signals(-returncode).name
+    by = ", which the kernel did not send for lack of memory," if returncode == -signal.SIGKILL else ""
+    return NativeCrash(f"{function} died with {how}{by} and left no result. Its log: {log_path}.")
+
+
+def _out_of_memory(how: str, function: str, log_path: Path) -> str:
+    return (
+        f"{function} {how}. Free some, use a smaller batch or sequence length, or a smaller model. Its log: {log_path}."
+    )
+
+
+def _available_mib() -> float:
+    return float(psutil.virtual_memory().available) / 2**20
+
+
+def _killed_for_memory() -> int | None:
+    """How many processes the kernel has killed for lack of memory; None where it does not say."""
+    lines = [line.split() for file in OOM_COUNTERS if file.exists() for line in file.read_text().splitlines()]
+    counts = [int(line[1]) for line in lines if line[0] == "oom_kill"]
+    return sum(counts) if counts else None
 
 
 def _end_with_flow(watched: Connection) -> None:
@@ -202,6 +255,8 @@ def _serve(function: str, request: str, answers: Connection, watched: Connection
         surroundings = explain(error, near, servers=False)  # first: saying it may need the disk too
         if surroundings:
             send({"surroundings": surroundings})
+        elif _lacks_memory(error):
+            send({"memory": f"{type(error).__name__}: {error}"})
         elif isinstance(error, ValidationError | ValueError | OSError):
             send({"failed": _sentence(error)})
         else:
@@ -210,6 +265,12 @@ def _serve(function: str, request: str, answers: Connection, watched: Connection
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def _sentence(error: Exception) -> str:

@@ -6,6 +6,7 @@ Every setting is an environment variable with the prefix SLIMLINE_ (SLIMLINE_HOM
 import difflib
 import os
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Literal, Self
@@ -25,6 +26,7 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "GIT_PYTHON_REFRESH": "quiet",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """No telemetry, and no chatter in the terminal of someone who did not ask for it."""
@@ -56,6 +58,16 @@ class Settings(BaseSettings):
         None,
         pattern="^[^/]+/[^/]+$",
         description="Prefect block that is told of runs in trouble, as TYPE/NAME: slack-webhook/team.",
+    )
+    ray_address: str | None = Field(
+        None, min_length=1, description="Ray cluster whose nodes make candidates side by side: auto, or HOST:PORT."
+    )
+    machine_lock: Path = Field(
+        Path(tempfile.gettempdir()) / "slimline-machine.lock",
+        description="Locked by all that run stages on this machine, so that timed ones run alone; containers share it.",
+    )
+    gpu_limit: str | None = Field(
+        None, min_length=1, description="Prefect concurrency limit of which stages on a GPU take a slot, e.g. gpu:90."
     )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
@@ -134,6 +146,20 @@ def prepare_environment(**servers: str) -> None:
         defaults["PREFECT_API_URL"] = str(settings().prefect_api_url)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def shared_environment() -> dict[str, str]:
+    """What a process of this run on another machine needs from this one's environment; no credentials.
+
+    Prefect reads its own when it is imported, so they have to be there before.
+    """
+    names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - {"SLIMLINE_REDIS_URL"}
+    names |= {*QUIET, "PREFECT_HOME", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "HF_HUB_OFFLINE"}
+    names |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "THP_MEM_ALLOC_ENABLE"}
+    return {
+        **{name: os.environ[name] for name in sorted(names & os.environ.keys())},
+        "SLIMLINE_HOME": str(settings().home),
+    }
 
 
 def environment(**changes: str | None) -> dict[str, str]:

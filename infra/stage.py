@@ -1,15 +1,18 @@
 """One stage from its inputs to its recorded result; what every task in tasks/ does around its algorithm."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from infra.artifacts import fetch, new_directory, publish
+from infra.artifacts import Artifact, exists, fetch, new_directory, publish
+from infra.caching import current_key
 from infra.console import stage_progress
-from infra.isolation import run_isolated
+from infra.failures import is_transient
+from infra.isolation import Finished, run_isolated
 from infra.progress import page_progress
 from infra.settings import settings
 from infra.tracking import Parent, StageResult, StageRun, stage_run
@@ -50,7 +53,10 @@ def run_stage(
         about: the model that was measured, when the result is a measurement.
         is_model: whether the result is a model, a node of the lineage.
         work_dir: kept when the stage fails or is killed, so that it can go on; removed when it is done.
-        timeout_s: after which it is ended, with all it started; None: never.
+        timeout_s: after which it is ended, with all it started; None: as `parent` says.
+
+    What was computed is noted before it is published and recorded: if a store or server is gone by then, the next
+    attempt, of this run or of a later one, only does that. `forget` removes the note.
 
     Raises:
         StageError: it failed, crashed, or took too long.
@@ -58,6 +64,8 @@ def run_stage(
     """
     for each in inputs:
         fetch(each.artifact)
+    key = current_key()
+    tags = {"slimline.key": key} if key else {}
     out = new_directory()
     if work_dir:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,7 @@ def run_stage(
     title = f"{label} {stage}".strip()
     try:
         with (
-            stage_run(title, parent, params=params, inputs=inputs) as run,
+            stage_run(title, parent, params=params, inputs=inputs, tags=tags) as run,
             stage_progress(title) as bar,
             page_progress(title) as page,
         ):
@@ -75,33 +83,98 @@ def run_stage(
                 page(step, total)
                 run.progress(step, total, metrics)
 
-            try:
-                value, finished = run_isolated(
-                    function,
-                    {**arguments, "out": out},
-                    result=result,
-                    log_path=settings().home / "logs" / f"{run.run_id}.log",
-                    on_progress=on_progress,
-                    timeout_s=timeout_s,
-                )
-            except BaseException:
-                shutil.rmtree(out, ignore_errors=True)  # before it is recorded: that needs room on the disk too
-                raise
+            computed = _noted(key)
+            if computed:
+                run.set_tags({"slimline.computed": "by an attempt that was ended before it was recorded"})
+            else:
+                try:
+                    _, finished = run_isolated(
+                        function,
+                        {**arguments, "out": out},
+                        result=result,
+                        log_path=settings().home / "logs" / f"{run.run_id}.log",
+                        on_progress=on_progress,
+                        timeout_s=timeout_s or parent.stage_timeout_s,
+                    )
+                except BaseException:
+                    shutil.rmtree(out, ignore_errors=True)  # before it is recorded: that needs room on the disk too
+                    raise
+                computed = _note(key, out, finished)
+            artifact = computed.artifact or _publish(key, computed)
             _log_child(run, settings().home / "logs" / f"{run.run_id}.log")
             done = run.finish(
-                publish(out),
+                artifact,
                 kind=kind,
-                metrics=value,
+                metrics=result.model_validate(computed.finished.value),
                 model=is_model,
                 about=about,
-                elapsed_s=finished.elapsed_s,
-                peak_memory_mib=finished.peak_memory_mib,
+                elapsed_s=computed.finished.elapsed_s,
+                peak_memory_mib=computed.finished.peak_memory_mib,
             )
     finally:
         shutil.rmtree(out, ignore_errors=True)
     if work_dir:
         shutil.rmtree(work_dir, ignore_errors=True)
     return done
+
+
+class _Computed(BaseModel, frozen=True):
+    """What a stage computed, until it is recorded; in `directory` until it is published."""
+
+    directory: Path
+    finished: Finished
+    artifact: Artifact | None = None
+
+
+def _place(key: str) -> Path:
+    return settings().home / "computed" / key
+
+
+def _noted(key: str | None) -> _Computed | None:
+    """What an earlier attempt computed and did not get to record."""
+    note = _place(key) / "note.json" if key else None
+    if note is None or not note.exists():
+        return None
+    try:
+        found = _Computed.model_validate(json.loads(note.read_bytes()))  # pydantic's own JSON has no NaN
+    except ValidationError:  # of another version
+        return None
+    return found if found.directory.exists() or (found.artifact and exists(found.artifact)) else None
+
+
+def _note(key: str | None, out: Path, finished: Finished) -> _Computed:
+    """Keep what was computed where the next attempt finds it."""
+    if key is None:
+        return _Computed(directory=out, finished=finished)
+    place = _place(key)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    computed = _Computed(directory=out.rename(place / "files"), finished=finished)
+    _write(key, computed)
+    return computed
+
+
+def _publish(key: str | None, computed: _Computed) -> Artifact:
+    try:
+        artifact = publish(computed.directory)
+    except Exception as error:
+        if key and not is_transient(error):  # it needs the room
+            forget(key)
+        raise
+    if key:
+        _write(key, computed.model_copy(update={"artifact": artifact}))
+    return artifact
+
+
+def _write(key: str, computed: _Computed) -> None:
+    draft = _place(key) / "note.tmp"  # the stage's lock is held: nobody else writes it
+    draft.write_text(json.dumps(computed.model_dump(), default=str))  # paths; NaN stays
+    draft.replace(_place(key) / "note.json")
+
+
+def forget(key: str) -> None:
+    """Remove the note of what was computed; for when the stage's result is kept."""
+    shutil.rmtree(_place(key), ignore_errors=True)
 
 
 def _log_child(run: StageRun, log: Path) -> None:

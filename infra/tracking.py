@@ -61,11 +61,12 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Parent(BaseModel, frozen=True):
     """The MLflow run of a flow run. Tasks get it to record under; it is never part of a cache key.
 
-    `experiment` is the experiment's id.
+    `experiment` is the experiment's id; `stage_timeout_s` is the limit of stages that have none of their own.
     """
 
     run_id: str
     experiment: str
+    stage_timeout_s: float | None = None
 
 
 class StageResult(BaseModel, frozen=True, extra="forbid"):
@@ -488,7 +489,12 @@ def _prefect_tags() -> dict[str, str]:
 
 @contextlib.contextmanager
 def stage_run(
-    stage: str, parent: Parent, *, params: Mapping[str, Any], inputs: Sequence[StageResult] = ()
+    stage: str,
+    parent: Parent,
+    *,
+    params: Mapping[str, Any],
+    inputs: Sequence[StageResult] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator["StageRun"]:
     """One attempt at a stage: a child run of `parent`, ended FINISHED, FAILED on an error or KILLED when interrupted.
 
@@ -498,14 +504,20 @@ def stage_run(
         params: options; models and nested mappings are flattened to dotted names.
         inputs: earlier results it starts from. Those that are models become the run's model inputs, the edges of the
             lineage; data become its data set inputs.
+        tags: more of them.
     """
-    tags = {
+    found = _prefect_tags()
+    attempt = found.get("prefect.run_count", "1")
+    all_tags = {
         "mlflow.parentRunId": parent.run_id,
         "mlflow.source.name": "slimline",
         "slimline.role": "stage",
-        **_prefect_tags(),
+        "slimline.attempt": attempt,
+        **found,
+        **(tags or {}),
     }
-    run = StageRun(client().create_run(parent.experiment, run_name=stage, tags=tags).info.run_id, stage, parent)
+    name = stage if attempt == "1" else f"{stage}, attempt {attempt}"
+    run = StageRun(client().create_run(parent.experiment, run_name=name, tags=all_tags).info.run_id, stage, parent)
     try:
         _log_params(run.run_id, params)
         run.log_inputs(inputs)

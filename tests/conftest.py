@@ -1,5 +1,6 @@
 """Fixtures shared by the suite: a tiny but real decoder, so that every stage runs for real in seconds."""
 
+import atexit
 import functools
 import inspect
 import json
@@ -7,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -16,16 +18,25 @@ import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Groups of tests run beside each other: their timed stages do not wait for those of the others.
+os.environ["SLIMLINE_MACHINE_LOCK"] = str(Path(tempfile.gettempdir()) / f"slimline-tests-{os.getpid()}" / "lock")
+atexit.register(shutil.rmtree, Path(os.environ["SLIMLINE_MACHINE_LOCK"]).parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain checkpoint directory: a random Llama of 4 layers, with a byte-level BPE tokenizer of 512 tokens."""
+    out = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(out)
+    return out
+
+
+def write_tiny_checkpoint(out: Path) -> None:
+    """Writes `tiny_checkpoint` into a directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    out = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +73,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.mul_(6)
     model.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
-    return out
 
 
 @pytest.fixture(scope="session")

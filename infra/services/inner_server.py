@@ -8,6 +8,9 @@ import threading
 import time
 from typing import Any
 
+from infra.locks import held
+from infra.settings import settings
+
 STOP_TIMEOUT_S = 15.0
 
 
@@ -26,7 +29,8 @@ def start_inner_server() -> None:
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     server = SubprocessASGIServer()
     try:
-        server.start()
+        with held(settings().home / "prefect.lock"):  # two at once would both create the tables of a new database
+            server.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
     assert server.server_process

@@ -17,5 +17,5 @@ def slimline(*arguments: str, home: Path, **environment: str) -> subprocess.Comp
         env={**os.environ, "SLIMLINE_HOME": str(home), "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )

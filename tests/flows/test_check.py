@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from flows import check
-from flows.check import Plan, disk_mib, notes, peak_memory_mib
+from flows.check import Plan, notes
 from flows.recipe import Recipe, parse
+from flows.resources import PROCESS_MIB, disk_mib, peak_memory_mib
 from tasks.calibration.checkpoints import SourceEstimate
 from tasks.validation.energy import Meter
 from tasks.validation.gpu_memory import GpuMemory
@@ -30,14 +31,14 @@ def test_training_needs_the_weights_the_optimizer_and_the_teacher():
     training = {"student": {"layers": 2}, "training": {"max_steps": 1}}
     without = peak_memory_mib(recipe({"quantization": INT8}), BILLION)
     with_training = peak_memory_mib(recipe({"distillation": training}), BILLION)
-    assert without == pytest.approx(check.PROCESS_MIB + 2 * 4 * BILLION / 2**20)
-    assert with_training == pytest.approx(check.PROCESS_MIB + (4 + 16) * BILLION / 2**20)
+    assert without == pytest.approx(PROCESS_MIB + 2 * 4 * BILLION / 2**20)
+    assert with_training == pytest.approx(PROCESS_MIB + (4 + 16) * BILLION / 2**20)
 
 
 def test_training_a_quantized_model_is_counted():
     scales, everything = ({"quantization": INT8, "quantization_training": {"train": t}} for t in ("scales", "all"))
     assert peak_memory_mib(recipe(scales), BILLION) == peak_memory_mib(recipe({"quantization": INT8}), BILLION)
-    assert peak_memory_mib(recipe(everything), BILLION) == pytest.approx(check.PROCESS_MIB + (4 + 16) * BILLION / 2**20)
+    assert peak_memory_mib(recipe(everything), BILLION) == pytest.approx(PROCESS_MIB + (4 + 16) * BILLION / 2**20)
     more = disk_mib(recipe(scales), BILLION, 0) - disk_mib(recipe({"quantization": INT8}), BILLION, 0)
     assert more == pytest.approx(BILLION / 2**20)
 
@@ -45,7 +46,7 @@ def test_training_a_quantized_model_is_counted():
 def test_engines_measured_at_once_stay_within_their_limit():
     small = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 1000}), 100_000_000)
     large = peak_memory_mib(recipe({"quantization": INT8}, speed={"max_memory_mib": 9000}), 100_000_000)
-    assert small == pytest.approx(1000 + check.PROCESS_MIB)
+    assert small == pytest.approx(1000 + PROCESS_MIB)
     assert large > small
 
 
@@ -54,7 +55,7 @@ def test_engines_under_load_stay_within_their_limit():
         peak_memory_mib(recipe({"quantization": INT8}, load={"max_memory_mib": mib}), 100_000_000)
         for mib in (1000, 90_000)
     )
-    assert small == pytest.approx(1000 + check.PROCESS_MIB)
+    assert small == pytest.approx(1000 + PROCESS_MIB)
     assert large > small
 
 
@@ -148,7 +149,7 @@ def test_engines_that_are_built_to_keep_a_budget_of_time_are_counted():
     model_mib = 4 * BILLION / 2**20
     of_bits, of_time = mixed({"bits_per_weight": 6}), mixed({"tpot_ms": 20})
     for found, sizes in ((of_bits, [1, 1, 1, 1 / 4]), (of_time, [1, 1] + num_engines * [1 / 4])):
-        expected = check.PROCESS_MIB * (1 + len(sizes) / 2) + model_mib * sum(sizes)
+        expected = PROCESS_MIB * (1 + len(sizes) / 2) + model_mib * sum(sizes)
         assert peak_memory_mib(found, BILLION) == pytest.approx(expected)
     temporary = model_mib * (num_engines / 4 + 1 / 4)  # and the checkpoint that an engine is compiled from
     assert disk_mib(of_time, BILLION, 0) - disk_mib(of_bits, BILLION, 0) == pytest.approx(temporary)

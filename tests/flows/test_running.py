@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+from prefect.cache_policies import NO_CACHE
 
 from flows.running import Runner
 from infra.failures import InfrastructureError
@@ -14,12 +15,16 @@ class Ending:
     """A task that ends with an error."""
 
     name = "compile"
+    cache_policy = NO_CACHE
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
     def __call__(self, **_: object) -> SimpleNamespace:
         return SimpleNamespace(name="Failed", result=self.fail)
+
+    def with_options(self, **_: object) -> "Ending":
+        return self
 
     def fail(self) -> None:
         raise self.error

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,22 @@ def test_a_changed_manifest_is_found():
     artifact.manifest.write_text("[]")
     with pytest.raises(CorruptArtifact, match="manifest"):
         verify(artifact)
+
+
+def test_what_a_killed_process_left_to_publish_is_removed_and_what_a_living_one_fills_is_not(tmp_path):
+    code = "from infra.artifacts import new_directory; print(new_directory(), flush=True); import time; time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "SLIMLINE_HOME": str(tmp_path)},
+    )
+    its = Path(process.stdout.readline().strip())
+    own = new_directory()
+    assert artifacts.remove_abandoned() == 0
+    process.kill()
+    process.communicate()
+    assert artifacts.remove_abandoned() == 1
+    assert own.exists()
+    assert not its.exists()
