@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra.doctor import machine
-from infra.doctor.examination import examine
+from infra.doctor.examination import CHECKS, examine
 from infra.doctor.finding import Finding, ok, problem
 from infra.services.processes import RUN_MARK
 from infra.settings import settings
@@ -238,6 +238,13 @@ def test_check_that_takes_too_long_is_ended():
     (found,) = examine(["python"], timeout_s=0.01)
     assert found.state == "problem"
     assert "not done after 0 s" in found.says
+
+
+def test_systemd_s_worker_asks_for_checks_that_exist():
+    unit = (ROOT / "infra" / "systemd" / "slimline-worker@.service").read_text()
+    (asked,) = (line.split(" doctor ")[1].split() for line in unit.splitlines() if " doctor " in line)
+    assert set(asked) <= CHECKS.keys()
+    assert "prefect" not in asked, "its pool has no worker before this one has started"
 
 
 def test_unknown_check_is_refused():
