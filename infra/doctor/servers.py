@@ -273,27 +273,31 @@ def deployments(client: "SyncPrefectClient") -> Iterator[Finding]:
             "deployments", f"nobody serves {', '.join(silent)}", "Start what serves them: slimline up, or a worker"
         )
     pools = {each["name"]: each for each in _all(client, "/work_pools/filter")}
-    for wanted in sorted({each["work_pool_name"] for each in offered if each["work_pool_name"]}):
-        yield _pool(client, wanted, pools.get(wanted))
+    wanted = sorted({each["work_pool_name"] for each in offered if each["work_pool_name"]})
+    workers = {
+        name: _all(client, "/work_pools/{work_pool_name}/workers/filter", work_pool_name=name)
+        for name in wanted
+        if name in pools
+    }
+    somebody_works = any(worker["status"] == "ONLINE" for each in workers.values() for worker in each)
+    for name in wanted:
+        yield _pool(name, pools.get(name), workers.get(name, []), somebody_works)
 
 
-def _pool(client: "SyncPrefectClient", name: str, pool: dict[str, Any] | None) -> Finding:
+def _pool(name: str, pool: dict[str, Any] | None, workers: list[dict[str, Any]], somebody_works: bool) -> Finding:
+    """Whether runs of the pool are taken; one that never had a worker may be for machines that are still to come."""
     title = f"pool {name}"
     if pool is None:
-        return problem(
-            title,
-            "does not exist; deployments name it",
-            "Create it: slimline deploy",
-        )
+        return problem(title, "does not exist; deployments name it", "Create it: slimline deploy")
     if pool["is_paused"]:
         return problem(title, "is paused: its runs wait", f"prefect work-pool resume {name}")
-    if pool["type"].endswith(":push") or pool["type"].endswith(":managed"):
+    if pool["type"].endswith((":push", ":managed")):
         return ok(title, f"of type {pool['type']}, which needs no worker")
-    workers = _all(client, "/work_pools/{work_pool_name}/workers/filter", work_pool_name=name)
     online = sorted(worker["name"] for worker in workers if worker["status"] == "ONLINE")
     if not online:
         seen = max((str(worker["last_heartbeat_time"]) for worker in workers), default="never")[:19]
-        return problem(
+        wrong = warning if somebody_works and not workers else problem
+        return wrong(
             title,
             f"no worker polls it (last seen: {seen})",
             f"Start one: prefect worker start --pool {name} --with-healthcheck",
