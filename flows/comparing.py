@@ -72,7 +72,7 @@ def join(runs: Sequence[tuple[str, ReportData]]) -> ReportData:
                     engine=data.original_engine,
                     steps=data.source,
                     size_bytes=data.original_size_bytes,
-                    perplexity=data.reference.perplexity,
+                    perplexity=data.reference.perplexity if data.reference else None,
                 )
             )
         rows += [
@@ -160,6 +160,8 @@ def _versions(data: ReportData) -> str:
 
 
 def _evaluation(data: ReportData) -> str:
+    if data.reference is None:
+        return ""
     digest = next((each.sha256 for each in data.data_sets if each.role == "evaluation"), "")
     return f"{data.reference.num_windows} windows of {data.reference.window} tokens, sha256 {digest[:12]}"
 

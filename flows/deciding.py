@@ -51,7 +51,7 @@ def undecided(recipe: Recipe, judgements: dict[str, Judgement]) -> tuple[list[st
     What was not measured, or is too little for its percentile, is not settled by more of the same.
     """
     validation = recipe.validation
-    quality = {metric.name for metric in validation.quality.metrics()}
+    quality = {metric.name for metric in validation.quality.metrics()} if validation.quality else set()
     speed = by_name(validation.speed.metrics()) if validation.speed else {}
     if validation.price_per_hour:
         speed |= by_name(validation.price_per_hour.metrics(speed))  # what follows from the throughput

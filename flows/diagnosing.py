@@ -64,7 +64,7 @@ def _unsure(judgement: Judgement, metrics: Mapping[str, Metric], aspect: Aspect)
 
 def _speeds(key: str, speed: SpeedSummary | None) -> Speeds | None:
     subject = speed.subjects.get(key) if speed else None
-    if speed is None or subject is None:
+    if speed is None or subject is None or subject.tpot_ms is None or subject.ttft_ms is None:
         return None
     return Speeds(
         tpot_ms=subject.tpot_ms.p50.value,

@@ -49,14 +49,17 @@ def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDE
 
 def quality_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> dict[str, QualitySummary]:
     """What all measurements together say of each engine bundle's answers."""
-    found = {}
+    found: dict[str, QualitySummary] = {}
+    options = recipe.validation.quality
+    if options is None:
+        return found
     for key, stage in products.quality.items():
         stages = [stage, *(again.quality[key] for again in products.rounds if key in again.quality)]
         if len(stages) == 1 and confidence == CONFIDENCE:
             found[key] = QualitySummary.model_validate(stage.metrics)
         else:
             paths = [fetch(each.artifact) for each in stages]
-            found[key] = pooled_quality(paths, seed=recipe.validation.quality.seed, confidence=confidence)
+            found[key] = pooled_quality(paths, seed=options.seed, confidence=confidence)
     return found
 
 
@@ -112,6 +115,8 @@ def _too_fast(key: str, products: Products, speed: SpeedSummary | None) -> list[
     if subject is None or speed is None or speed.machine is None or "tensorrt" in key.split("/", 1)[1]:
         return []
     files, about = products.bundles[key].metrics, products.original.metrics
+    if subject.tpot_ms is None or about.get("kind") != "decoder":  # not all weights are read for each token
+        return []
     known = (files.get("engine_size_bytes"), about.get("vocab_size"), about.get("hidden_size"))
     if None in known:  # a bundle of elsewhere, or compared with one
         return []
@@ -130,11 +135,14 @@ def failures(products: Products) -> dict[str, str]:
 
 
 def best(products: Products, judgements: dict[str, Judgement]) -> str | None:
-    """The accepted bundle with the least time per output token, or the smallest where speed was not measured."""
+    """The accepted bundle with the least time per output token, or the smallest where speed was not measured.
+
+    Of encoders, which write none, that with the least latency.
+    """
     accepted = [key for key, judgement in judgements.items() if judgement.verdict == "ACCEPT"]
     speed = speed_of(products)
     if not accepted:
         return None
     if speed:
-        return min(accepted, key=lambda key: speed.subjects[key].tpot_ms.p50.value)
+        return min(accepted, key=lambda key: speed.subjects[key].time_ms.p50.value)
     return min(accepted, key=lambda key: products.bundles[key].artifact.size_bytes)

@@ -50,7 +50,8 @@ class Products:
 
     original: StageResult
     data: StageResult
-    reference: StageResult
+    reference: StageResult | None
+    """The original's answers on the evaluation windows; None where no perplexity is measured."""
     checkpoints: dict[str, StageResult] = field(default_factory=dict)
     bundles: dict[str, StageResult] = field(default_factory=dict)
     built_only: dict[str, StageResult] = field(default_factory=dict)
@@ -120,7 +121,9 @@ def begin(recipe: Recipe, original: StageResult, run: Run) -> Products:
         data_fingerprint=recipe.data.fingerprint(),
         seed=recipe.seed,
     )
-    reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=recipe.validation.quality)
+    reference, quality = None, recipe.validation.quality
+    if quality:
+        reference = run(measure_reference, ORIGINAL, checkpoint=original, data=data, options=quality)
     products = Products(original, data, reference)
     products.answers |= {
         task: run(
@@ -181,7 +184,8 @@ def _compile_and_measure(
 def measure_answers(key: str, bundle: StageResult, recipe: Recipe, products: Products, run: Run) -> None:
     """How well an engine bundle answers."""
     products.bundles[key] = bundle
-    products.quality[key] = ask(key, bundle, recipe, products.reference, products.data, run)
+    if products.reference:
+        products.quality[key] = ask(key, bundle, recipe, products.reference, products.data, run)
     products.benchmarks[key] = {
         task: run(
             measure_benchmark,

@@ -97,13 +97,18 @@ class IfInconclusive(BaseModel, frozen=True, extra="forbid"):
 class Validation(BaseModel, frozen=True, extra="forbid"):
     """What is measured of every candidate, and the limits it has to keep."""
 
-    quality: Quality = Quality()
+    quality: Quality | None = Field(
+        Quality(),
+        description="Perplexity and agreement with the original, of decoders; null: they are not measured, and `tasks` "
+        "say how good answers are, as of encoders and encoder-decoders.",
+    )
     speed: Speed | None = Field(Speed(), description="null: speed and memory are not measured.")
     load: Load | None = Field(None, description="null: no engine is put under load.")
     price_per_hour: Price | None = Field(None, description="Of the machine; null: no cost per token.")
     tasks: dict[Name, AnyBenchmark] = Field(
         {},
-        description="Benchmarks of answers, by name: translation, summarization, questions, classification, code. "
+        description="Benchmarks of answers, by name: translation, summarization, questions, classification, code, "
+        "embeddings. "
         "Their metrics are called NAME.METRIC: limits may bound `wmt.chrf`.",
     )
     limits: Limits = Limits()
@@ -125,6 +130,15 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     def _price_is_used(self) -> "Validation":
         if self.price_per_hour and not self.speed and not self.load:
             raise ValueError("`price_per_hour` needs a measured throughput; give `speed` or `load`, or drop the price.")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_are_measured(self) -> "Validation":
+        if self.quality is None and not self.tasks and self.limits.metrics():
+            raise ValueError(
+                "`quality: null` leaves `tasks` to say how good answers are, and it is empty: a candidate would be "
+                "accepted whatever it answers. Give a benchmark in `tasks`, such as embeddings, or drop the limits."
+            )
         return self
 
     @model_validator(mode="after")

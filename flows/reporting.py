@@ -78,7 +78,7 @@ def report_data(
         finished_at=datetime.now(UTC),
         elapsed_s=0.0,
         original_size_bytes=original_size_bytes(products),
-        reference=ReferenceSummary.model_validate(products.reference.metrics),
+        reference=ReferenceSummary.model_validate(products.reference.metrics) if products.reference else None,
         rows=tuple(_rows(recipe, products, judgements, diagnoses, parent)),
         speed=speed_of_all(recipe, products),
         load=load_of(products),
@@ -170,7 +170,7 @@ def _rows(
                 status="failed" if key in failed else str(bundle.metrics["status"]),
                 size_bytes=bundle.artifact.size_bytes,
                 quality=quality.get(key),
-                parity=Parity.model_validate({f: parity[f] for f in Parity.model_fields})
+                parity=Parity.model_validate({f: parity[f] for f in Parity.model_fields if f in parity})
                 if isinstance(parity, dict)
                 else None,
                 figures=figures.get(key, {}),
@@ -310,8 +310,11 @@ def _gave(result: StageResult) -> str:
         levels = sum(len(subject["levels"]) for subject in found["subjects"].values())
         return f"{len(found['subjects'])} subjects under {levels} levels of load"
     words = f"{result.artifact.size_bytes / 2**20:,.1f} MiB"
-    if parity := found.get("parity"):
+    parity = found.get("parity") or {}
+    if "top1_agreement" in parity:
         words += f", top-1 agreement with PyTorch {parity['top1_agreement']:.2%}"
+    elif "min_cosine" in parity:
+        words += f", least cosine with PyTorch {parity['min_cosine']:.4f}"
     return words
 
 
@@ -340,11 +343,14 @@ def _distributions(products: Products) -> list[Distribution]:
         return []
     found = []
     for subject, timings in sorted(read_timings(fetch(stage.artifact), speed).items()):
-        times = {
-            "ttft_ms": timings.ttft_ms(),
-            "tpot_ms": timings.tpot_ms(),
-            "inter_token_ms": timings.inter_token_ms(),
-        }
+        if speed.new_tokens:
+            times = {
+                "ttft_ms": timings.ttft_ms(),
+                "tpot_ms": timings.tpot_ms(),
+                "inter_token_ms": timings.inter_token_ms(),
+            }
+        else:
+            times = {"latency_ms": timings.latency_ms()}
         for metric, values in times.items():
             spread = np.quantile(values, QUANTILES)
             found.append(Distribution(subject=subject, metric=metric, num=values.size, values=tuple(spread)))

@@ -1,6 +1,7 @@
 """What a recipe means for a source that is quantized already, told from a GGUF file's header before anything runs."""
 
 from flows.recipe import Candidate, Recipe
+from tasks.calibration.archives import is_archive
 from tasks.calibration.checkpoints import parse_source
 from tasks.calibration.gguf_header import read_gguf_header
 from tasks.calibration.source_quantization import GGUF_FLOATS
@@ -72,7 +73,7 @@ def _rounds_again(candidate: Candidate, types: dict[str, str]) -> bool:
 def _gguf_types(source: str) -> dict[str, str]:
     """Types of a GGUF source's matrices, by their names in the file; empty for other sources."""
     parsed = parse_source(source)
-    if parsed.kind not in ("gguf", "package") or not parsed.path.is_file():
+    if parsed.kind not in ("gguf", "package") or not parsed.path.is_file() or is_archive(parsed.path):
         return {}
     header = read_gguf_header(parsed.path)
     return {name: kind for name, kind in header.types.items() if len(header.shapes[name]) == 2}

@@ -40,8 +40,8 @@ def start(
         recipe: Name of a shipped recipe.
         source: Another model: hub id, directory, .gguf, package:, models:/ or s3://.
         engines: Engines of every candidate that names none of its own, as far as they can hold its weights.
-        max_perplexity_increase_percent: A candidate that may be above it is not accepted.
-        min_top1_agreement: Share of tokens predicted as the original does.
+        max_perplexity_increase_percent: A candidate that may be above it is not accepted; of recipes for decoders.
+        min_top1_agreement: Share of tokens predicted as the original does; of recipes for decoders.
         never_slower_than_original: Reject what is slower than the model in PyTorch.
         training_minutes: Limit for all training together; 0 means as in the recipe.
         register_as: Registered model to join; empty means as in the recipe.
@@ -51,11 +51,11 @@ def start(
         options["source"] = source
     named = {engine["engine"]: engine for engine in options["engines"]}
     options["engines"] = [named.get(name, {"engine": name, "precision": PRECISION[name]}) for name in engines]
-    options["validation"]["limits"] |= {
-        "perplexity": {"max_degradation_percent": max_perplexity_increase_percent},
-        "top1_agreement": {"min": min_top1_agreement},
-        "never_slower_than": ["original"] if never_slower_than_original else [],
-    }
+    limits = options["validation"]["limits"]
+    limits["never_slower_than"] = ["original"] if never_slower_than_original else []
+    if options["validation"]["quality"]:
+        limits["perplexity"] = {"max_degradation_percent": max_perplexity_increase_percent}
+        limits["top1_agreement"] = {"min": min_top1_agreement}
     if register_as:
         options["register_as"] = register_as
     for note in leave_out_misfits(options):

@@ -14,6 +14,7 @@ from flows.bundles import find_bundle
 from flows.check import unmeasurable_limits
 from flows.diagnosing import diagnose_candidates
 from flows.judging import judge_candidates
+from flows.kinds import kind_obstacles
 from flows.outcome import Outcome
 from flows.pipeline import ORIGINAL, Products, Run, begin, measure_answers, measure_together, surviving
 from flows.recipe import Recipe, RecipeError, parse
@@ -23,6 +24,8 @@ from infra.artifacts import fetch
 from infra.console import console
 from infra.tracking import StageResult, end_flow, flow_run
 from tasks.bundle import import_bundle
+from tasks.calibration.checkpoints import model_type
+from tasks.calibration.exported_families import kind_of
 from tasks.checkpoint import fingerprint, import_checkpoint
 from tasks.engines import label, title
 from tasks.engines.compiling import MANIFEST, read_manifest, settings_here
@@ -55,6 +58,7 @@ def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options
         if path.startswith("validation.if_inconclusive"):
             raise ValueError(f"`slimline validate` measures once; got {option!r}. Drop it, or measure more windows.")
         _put(content, path.split("."), yaml.safe_load(value))
+    _fit(content, directory)
     content |= {
         "name": f"validate-{name}"[:64],
         "source": against,
@@ -70,7 +74,20 @@ def plan_validation(bundle: str, against: str, *, recipe: Recipe | None, options
         )
     if reasons := unmeasurable_limits(planned):
         raise RecipeError("This machine cannot judge the limits: " + " ".join(reasons))
+    if reasons := kind_obstacles(planned):
+        raise RecipeError("The bundle cannot be validated so: " + " ".join(reasons))
     return planned, directory
+
+
+def _fit(content: dict[str, Any], bundle: Path) -> None:
+    """Sets what a bundle of an encoder or encoder-decoder leaves no choice of, unless it was said; in place."""
+    family = model_type(str(bundle))
+    kind = kind_of(family) if family else "decoder"
+    validation = content.setdefault("validation", {})
+    if kind != "decoder":
+        validation.setdefault("quality", None)
+    if kind == "encoder" and validation.get("speed", {}) is not None:
+        _put(content, ["validation", "speed", "new_tokens"], validation.get("speed", {}).get("new_tokens", 0))
 
 
 def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -58,6 +58,7 @@ def register(
     code_paths: Sequence[Path],
     tags: Mapping[str, str] | None = None,
     description: str = "",
+    gives_vectors: bool = False,
 ) -> Version:
     """The version of `model` that serves `bundle`, with the alias `candidate`.
 
@@ -72,6 +73,7 @@ def register(
         code_paths: packages it imports; they travel with the version.
         tags: besides those every version has: sha256, verdict, model_id, git_sha, prefect.flow_run_id, recipe.sha256.
         description: for people, Markdown.
+        gives_vectors: it answers a text with a vector, and takes no parameters; else with a text.
 
     Raises:
         ValueError: the verdict is not ACCEPT, or the name is not one MLflow allows.
@@ -86,7 +88,10 @@ def register(
     with _one_at_a_time():
         found = _find(model, bundle.artifact.sha256)
         if found is None:
-            found = _create(model, bundle, parent, verdict, python_model, code_paths, tags or {}, description)
+            signature = _signature(gives_vectors)
+            found = _create(
+                model, bundle, parent, verdict, python_model, code_paths, tags or {}, description, signature
+            )
         client().set_registered_model_alias(model, CANDIDATE, str(found.version))
     client().set_tag(parent.run_id, "registered_model", f"{model}/{found.version}")
     return Version(model=model, version=str(found.version), uri=f"models:/{model}@{CANDIDATE}", alias=CANDIDATE)
@@ -106,6 +111,7 @@ def _create(
     code_paths: Sequence[Path],
     tags: Mapping[str, str],
     description: str,
+    signature: "ModelSignature",
 ) -> "ModelVersion":
     import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
@@ -141,7 +147,7 @@ def _create(
                 python_model=str(python_model),
                 artifacts={"bundle": str(fetch(bundle.artifact))},
                 code_paths=[str(path) for path in code_paths],
-                signature=_signature(),
+                signature=signature,
                 # Inferring them would load the model and ask the package index.
                 pip_requirements=_requirements(),
             )
@@ -168,11 +174,14 @@ def _requirements() -> list[str]:
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions(*REQUIRED).items()]
 
 
-def _signature() -> "ModelSignature":
-    """One prompt per row, one text per row. The column has no name so that a plain list of prompts is as welcome."""
+def _signature(gives_vectors: bool) -> "ModelSignature":
+    """One prompt per row, one text, or vector, per row. The column has no name: a plain list is as welcome."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, DataType
 
+    if gives_vectors:
+        return ModelSignature(inputs=Schema([ColSpec("string")]), outputs=Schema([ColSpec(Array(DataType.double))]))
     return ModelSignature(
         inputs=Schema([ColSpec("string")]),
         outputs=Schema([ColSpec("string")]),

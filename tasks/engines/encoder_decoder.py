@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ class EncoderDecoderSession:
     vocab_size: int
     max_length: int | None  # of the source, and of what is generated with the token it starts with
     cache_shape: tuple[int, int]  # heads, features of each
+    _steps: "_Steps | None" = field(default=None, init=False)  # of the batch that `prefill` read
 
     @property
     def facts(self) -> dict[str, str]:
@@ -142,8 +143,19 @@ class EncoderDecoderSession:
         steps = self._start(input_ids, attention_mask)
         return np.stack([steps.step(column) for column in decoder_input_ids.T], axis=1)
 
+    def prefill(self, input_ids: Ids) -> Floats:
+        """Reads a batch of texts; see `generation.Writes`. `generate_timed` asks so."""
+        self._steps = self._start(input_ids, None)
+        return self._steps.step(np.full(len(input_ids), self.greedy.decoder_start_token_id))[:, None]
+
+    def decode(self, input_ids: Ids) -> Floats:
+        """One more token of the batch that `prefill` read; see `generation.Writes`."""
+        assert self._steps is not None, "prefill comes first"
+        return self._steps.step(input_ids)
+
     def close(self) -> None:
         """Frees the weights."""
+        self._steps = None
         self.encoder.close()
         self.decoder.close()
 
@@ -210,6 +222,43 @@ def _repeating(sequence: Ids, size: int) -> list[int]:
 def _up_to_end(row: Ids, eos_ids: Sequence[int]) -> list[int]:
     ends = np.flatnonzero(np.isin(row, eos_ids))
     return [int(token) for token in (row[: ends[0] + 1] if len(ends) else row)]
+
+
+class PyTorchEncoderDecoder:
+    """transformers' own model, writing token by token with its caches; see `generation.Writes`."""
+
+    def __init__(self, checkpoint: ExportedCheckpoint, greedy: Greedy) -> None:
+        self._model: Any = checkpoint.model
+        self._start = greedy.decoder_start_token_id
+        self.max_length = checkpoint.max_length
+        self._source: dict[str, Any] = {}
+
+    def prefill(self, input_ids: Ids) -> Floats:
+        """See `generation.Writes`."""
+        import torch
+
+        checked_mask(input_ids, None, vocab_size=self._model.config.vocab_size, max_length=self.max_length)
+        source = torch.from_numpy(np.ascontiguousarray(input_ids))
+        mask = torch.ones_like(source)
+        with torch.inference_mode():
+            states = self._model.get_encoder()(input_ids=source, attention_mask=mask)
+        self._source = {"encoder_outputs": states, "attention_mask": mask, "past_key_values": None}
+        return self.decode(np.full(len(input_ids), self._start))[:, None]
+
+    def decode(self, input_ids: Ids) -> Floats:
+        """See `generation.Writes`."""
+        import torch
+
+        with torch.inference_mode():
+            out = self._model(**self._source, decoder_input_ids=torch.from_numpy(input_ids)[:, None], use_cache=True)
+        self._source["past_key_values"] = out.past_key_values
+        logits: Floats = out.logits[:, -1].numpy()
+        return logits
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._model = None
+        self._source = {}
 
 
 class EncoderDecoderParity(BaseModel, frozen=True, extra="forbid"):

@@ -25,12 +25,12 @@ from tasks.engines.exported_graph import (
 from tasks.engines.exported_weights import Inputs, with_integers
 from tasks.engines.graph_runner import GraphRunner, OnnxRuntimeRunner, OpenVinoRunner
 from tasks.engines.openvino_graph import name_by_place
-from tasks.quantization.exported_checkpoint import ExportedCheckpoint, is_exported, read_checkpoint, read_config
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint, read_checkpoint, read_config
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["ExportedModel", "compile_exported", "is_exported", "load_exported", "read_exported"]
+__all__ = ["ExportedModel", "compile_exported", "load_exported", "read_exported"]
 
 EngineName = Literal["onnxruntime", "openvino"]
 Activations = Literal["int8", "float32"]

@@ -30,17 +30,23 @@ def compile_for(checkpoint: Path, engine: "Engine", out: Path) -> None:
     Raises:
         ValueError: the engine has none for these families, an option would be ignored, or see `compile_exported`.
     """
+    if problem := cannot_compile(engine):
+        raise ValueError(problem)
+    assert engine.engine in ("onnxruntime", "openvino")
+    compile_exported(checkpoint, engine.engine, out, activations=engine.activations)
+
+
+def cannot_compile(engine: "Engine") -> str | None:
+    """Why encoders and encoder-decoders do not compile for an engine with these options; None if they do."""
     if engine.engine not in ("onnxruntime", "openvino"):
-        raise ValueError(
-            f"Encoders and encoder-decoders compile for 'onnxruntime' and 'openvino'; got {engine.engine!r}."
-        )
+        return f"Encoders and encoder-decoders compile for 'onnxruntime' and 'openvino'; got {engine.engine!r}."
     for name, field in type(engine).model_fields.items():
         if name not in USED and (value := getattr(engine, name)) != field.default:
-            raise ValueError(
+            return (
                 f"{name} applies to decoders with a cache of their own; this is an encoder or encoder-decoder, and "
                 f"{name} {value!r} would be ignored. Leave it out."
             )
-    compile_exported(checkpoint, engine.engine, out, activations=engine.activations)
+    return None
 
 
 def compare_bundle(

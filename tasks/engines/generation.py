@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,16 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+
+class Writes(Protocol):
+    """What writes token by token: a decoder, or an encoder-decoder after it has read its source."""
+
+    def prefill(self, input_ids: Ids) -> Logits:
+        """Logits [batch, 1, vocab_size] of the first new token of each of the sequences [batch, length]."""
+
+    def decode(self, input_ids: Ids) -> Logits:
+        """Logits [batch, vocab_size] of the token after each of [batch]."""
 
 
 class Session(Protocol):
@@ -138,7 +149,7 @@ def _nucleus(scores: Logits, top_p: float) -> Logits:
     return result
 
 
-def generate_timed(session: Session, input_ids: Ids, new_tokens: int) -> list[float]:
+def generate_timed(session: Writes, input_ids: Ids, new_tokens: int) -> list[float]:
     """Seconds from the request until each of the `new_tokens` likeliest next tokens was chosen, for a whole batch.
 
     Args:
@@ -149,15 +160,22 @@ def generate_timed(session: Session, input_ids: Ids, new_tokens: int) -> list[fl
     Returns:
         [new_tokens], ascending; the first is the time to first token.
     """
-    gc.collect()
-    gc.disable()
-    try:
+    with without_garbage_collection():
         started_at = time.perf_counter()
         next_ids = session.prefill(input_ids)[:, -1].argmax(axis=-1)
         chosen_at = [time.perf_counter()]
         while len(chosen_at) < new_tokens:
             next_ids = session.decode(next_ids).argmax(axis=-1)
             chosen_at.append(time.perf_counter())
+    return [at - started_at for at in chosen_at]
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Within, Python does not stop to look for garbage; it has just done so."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
-    return [at - started_at for at in chosen_at]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture
 from tasks.calibration.checkpoints import copy_tokenizer
+from tasks.calibration.exported_families import is_exported
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter, refuse_not_finite
 from tasks.calibration.tokens import calibration_batches
@@ -28,7 +29,6 @@ from tasks.quantization.checkpoint_format import (
     table_tensors,
 )
 from tasks.quantization.exported import quantize_exported
-from tasks.quantization.exported_checkpoint import is_exported
 from tasks.quantization.input_scales import add_scales, check_length, kinds_of_inputs, write_config
 from tasks.quantization.mixed import Mixed, Score, allocate
 from tasks.quantization.plan import Plan, plan

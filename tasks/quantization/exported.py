@@ -5,14 +5,13 @@ head that is tied to it. Poolers, classifiers and transforms before a head stay 
 model is in memory as a whole. Written as in `checkpoint_format.py`, so stock transformers loads it.
 """
 
-import json
 import logging
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.calibration.checkpoints import copy_tokenizer, portable_config
+from tasks.calibration.checkpoints import copy_pooling, copy_tokenizer, portable_config
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import TensorWriter
 from tasks.quantization import QuantizationMethod, RoundToNearest
@@ -39,9 +38,6 @@ IN_A_BLOCK = re.compile(r"\.\d+\.")
 NEEDS_WEIGHT = ("t5",)
 """Families whose linear layers are stored as int8 arrays, also where they have fewer bits: transformers initializes
 their `weight`, and fails where it is packed."""
-
-POOLING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-"""What sentence-transformers keeps beside a model, with directories such as 1_Pooling."""
 
 
 def quantize_exported(
@@ -107,6 +103,15 @@ def _grid(method: QuantizationMethod, family: str) -> Grid:
     Raises:
         ValueError: it cannot.
     """
+    if problem := cannot_quantize(method, family):
+        raise ValueError(problem)
+    assert isinstance(method, RoundToNearest)
+    assert isinstance(method.weights, Grid)
+    return method.weights
+
+
+def cannot_quantize(method: QuantizationMethod, family: str) -> str | None:
+    """Why models of a family that `is_exported` cannot be quantized so; None if they can."""
     problem = None
     if not isinstance(method, RoundToNearest):
         problem = f"`method: {method.method}`"
@@ -118,14 +123,12 @@ def _grid(method: QuantizationMethod, family: str) -> Grid:
         problem = f"`format: {method.weights.format}`"
     elif method.weights.zero_point == "real":
         problem = "`zero_point: real`"
-    if problem:
-        raise ValueError(
-            f"Models of the family {family} are quantized by `method: rtn`, their weights alone, to integers on one "
-            f"grid; got {problem}. Leave it out, or use `method: rtn`."
-        )
-    assert isinstance(method, RoundToNearest)
-    assert isinstance(method.weights, Grid)
-    return method.weights
+    if problem is None:
+        return None
+    return (
+        f"Models of the family {family} are quantized by `method: rtn`, their weights alone, to integers on one "
+        f"grid; got {problem}. Leave it out, or use `method: rtn`."
+    )
 
 
 def _tables(model: "PreTrainedModel") -> dict[str, list[str]]:
@@ -180,10 +183,6 @@ def _write_config(
 def _copy_settings(checkpoint: Path, out: Path) -> None:
     """The tokenizer, and how text is generated or pooled."""
     copy_tokenizer(checkpoint, out)
-    for name in ("generation_config.json", *POOLING_FILES):
-        if (checkpoint / name).exists():
-            shutil.copyfile(checkpoint / name, out / name)
-    if (checkpoint / "modules.json").exists():
-        for module in json.loads((checkpoint / "modules.json").read_text(encoding="utf-8")):
-            if module["path"] and (checkpoint / module["path"]).is_dir():
-                shutil.copytree(checkpoint / module["path"], out / module["path"], dirs_exist_ok=True)
+    copy_pooling(checkpoint, out)
+    if (checkpoint / "generation_config.json").exists():
+        shutil.copyfile(checkpoint / "generation_config.json", out / "generation_config.json")

@@ -12,30 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.calibration.exported_families import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    architecture_name,
+    is_exported,
+)
 from tasks.calibration.tensor_files import Tensors
 from tasks.quantization.checkpoint_format import QuantizedWeight, read_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ENCODERS = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
-"""`model_type` of config.json, and how the classes of the family begin."""
-
-ENCODER_HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-
-ENCODER_DECODERS = {
-    "t5": "T5ForConditionalGeneration",
-    "bart": "BartForConditionalGeneration",
-    "marian": "MarianMTModel",
-}
-"""`model_type` of config.json, and the class that generates text."""
-
 PARAMETERS_OF_QUANTIZATION = ("weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_g_idx")
-
-
-def is_exported(model_type: str) -> bool:
-    """Whether a family is compiled through an exporter's graph, by `exported.py`."""
-    return model_type in ENCODERS or model_type in ENCODER_DECODERS
 
 
 @dataclass(frozen=True)
@@ -79,28 +68,13 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def architecture_name(config: dict[str, Any]) -> str:
-    """The class of transformers that a configuration names; the plain encoder where an encoder's names none.
-
-    Raises:
-        ValueError: it is none that can be exported.
-    """
-    family = config["model_type"]
-    if family in ENCODERS:
-        allowed = [ENCODERS[family] + head for head in ENCODER_HEADS]
-    else:
-        allowed = [ENCODER_DECODERS[family]]
-    name = str((config.get("architectures") or allowed)[0])
-    if name not in allowed:
-        raise ValueError(
-            f"A {family} model must be one of {', '.join(allowed)}; `architectures` of config.json says {name}. "
-            "Save the model with one of these classes."
-        )
-    return name
-
-
-def read_checkpoint(checkpoint: Path) -> ExportedCheckpoint:
+def read_checkpoint(checkpoint: Path, *, attention: str | None = "eager") -> ExportedCheckpoint:
     """The model of a checkpoint directory, float or quantized.
+
+    Args:
+        checkpoint: of a family that `is_exported`.
+        attention: how transformers computes it. eager: the smallest graph, and one that engines know
+            (docs/decisions/0008); None: as transformers chooses, which is the fastest.
 
     Raises:
         ValueError: its family, its class or how it is quantized is unknown; weights are missing or do not fit.
@@ -112,9 +86,11 @@ def read_checkpoint(checkpoint: Path) -> ExportedCheckpoint:
     name = architecture_name(config)
     values, quantized = _read_tensors(checkpoint, config.pop("quantization_config", None))
     settings = transformers.AutoConfig.for_model(**config)
-    settings._attn_implementation = "eager"  # the smallest graph, and one that engines know (docs/decisions/0008)
-    if settings.model_type == "bert" and name == "BertModel":
-        options = {"add_pooling_layer": any(key.startswith("pooler.") for key in _without_prefix(values, "bert."))}
+    if attention is not None:
+        settings._attn_implementation = attention
+    if name in ("BertModel", "RobertaModel"):
+        prefix = f"{settings.model_type}."
+        options = {"add_pooling_layer": any(key.startswith("pooler.") for key in _without_prefix(values, prefix))}
     else:
         options = {}
     model_class = getattr(transformers, name)

@@ -4,7 +4,7 @@ It stands beside the bundle, in MLflow, because the bundle's own files are hashe
 """
 
 from tasks.validation.measured import metric_of
-from tasks.validation.report import ReportData, Row, interval, number
+from tasks.validation.report import TASKS, ReportData, Row, interval, number, writes
 
 
 def model_card(data: ReportData, row: Row) -> str:
@@ -16,13 +16,14 @@ def model_card(data: ReportData, row: Row) -> str:
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    windows = f"{data.reference.num_windows} windows of {data.reference.window} tokens"
-    evaluation = next((each.description for each in data.data_sets if each.role == "evaluation"), "evaluation text")
+    task_type = (
+        ("text-generation" if data.reference else "text2text-generation") if writes(data) else "feature-extraction"
+    )
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task_type,
             dataset_type="text",
-            dataset_name=f"{evaluation}, {windows}",
+            dataset_name=_data_set(data, metric_of(figure, data.metrics)),
             metric_type=figure,
             metric_name=figure,
             metric_value=float(f"{measured.value.value:.6g}"),
@@ -33,7 +34,7 @@ def model_card(data: ReportData, row: Row) -> str:
     about = ModelCardData(
         base_model=data.source if _is_hub_id(data.source) else None,
         library_name="slimline",
-        pipeline_tag="text-generation",
+        pipeline_tag=task_type,
         tags=["slimline", row.engine.split()[0].lower()],
         model_name=row.name,
         eval_results=results or None,
@@ -52,10 +53,7 @@ def body(data: ReportData, row: Row) -> str:
         size_mib, before_mib = row.size_bytes / 2**20, data.original_size_bytes / 2**20
         lines.append(f"* size: {number(size_mib)} MiB; the original has {number(before_mib)} MiB")
     if row.parity:
-        lines.append(
-            f"* against PyTorch on the same weights: largest difference of a logit {number(row.parity.max_abs_error)}, "
-            f"same top-1 {100 * row.parity.top1_agreement:.2f} %"
-        )
+        lines.append(f"* against PyTorch on the same weights: {row.parity.words}")
     lines += _table(data, row)
     if row.diagnosis:
         lines += ["", f"Why it is {row.diagnosis.of}:", ""]
@@ -77,6 +75,16 @@ def _table(data: ReportData, row: Row) -> list[str]:
         value = number(measured.value.value)
         lines.append(f"| {figure} | {value}{unit} | {interval(measured.value)} | {original} |")
     return lines
+
+
+def _data_set(data: ReportData, metric: str) -> str:
+    """What a metric of quality was measured on."""
+    option = data.metrics[metric].option
+    if option.startswith(TASKS):
+        return f"the items of the recipe's {option}"
+    evaluation = next((each.description for each in data.data_sets if each.role == "evaluation"), "evaluation text")
+    assert data.reference is not None  # else there is no such metric
+    return f"{evaluation}, {data.reference.num_windows} windows of {data.reference.window} tokens"
 
 
 def _is_hub_id(source: str) -> bool:

@@ -75,10 +75,11 @@ def scatter(
     *,
     x_label: str,
     y_label: str,
+    higher_is_better: bool = False,
     width: int = 560,
     height: int = 400,
 ) -> Markup:
-    """Points with the front of the two figures drawn as a staircase; less is better on both axes.
+    """Points with the front of the two figures drawn as a staircase; less is better of x, and of y as it says.
 
     An axis whose values span more than a factor of three is logarithmic, and says so.
     """
@@ -87,9 +88,10 @@ def scatter(
     y = _axis([p.y for p in points], height - bottom - 12, top + 12)
     parts = [_grid(x, y, left, width - right, top, height - bottom)]
     parts.append(_axis_names(x, y, x_label, y_label, left, width, height, bottom))
-    front = sorted({(p.x, p.y) for p, on in zip(points, pareto_front([(p.x, p.y) for p in points]), strict=True) if on})
+    costs = [(p.x, -p.y if higher_is_better else p.y) for p in points]
+    front = sorted({(p.x, p.y) for p, on in zip(points, pareto_front(costs), strict=True) if on})
     if front:
-        path = f"M{x(front[0][0]):.1f},{top}V{y(front[0][1]):.1f}"
+        path = f"M{x(front[0][0]):.1f},{height - bottom if higher_is_better else top}V{y(front[0][1]):.1f}"
         path += "".join(f"H{x(px):.1f}V{y(py):.1f}" for px, py in front[1:]) + f"H{width - right}"
         parts.append(
             Markup('<path class="front" d="{}"><title>Pareto front of these two figures</title></path>').format(path)

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.calibration.architectures import ARCHITECTURES
+from tasks.calibration.exported_families import is_exported
 from tasks.calibration.progress import Report, silent
 from tasks.engines.operators import Operators, read_operators
 from tasks.engines.processor import cpuinfo
@@ -44,7 +45,7 @@ SMALL = 0.35
 """Part below which reading fewer bytes cannot gain much."""
 STANDS_OUT = 1.5
 """A block's error this many times the median is named; below it, the error is spread evenly."""
-WEIGHT_FILES = ("*.weights", "openvino_model.bin", "model.onnx", "*.onnx.data", "*.engine", "*.plan")
+WEIGHT_FILES = ("*.weights", "openvino_*model.bin", "*.onnx", "*.onnx.data", "*.engine", "*.plan")
 VECTOR_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8")
 
 
@@ -63,7 +64,7 @@ class Facts(BaseModel, frozen=True, extra="forbid"):
 
     engine: str
     rounds_inputs: bool = Field(description="Whether the engine was asked to multiply in integers.")
-    operators: Operators | None = Field(description="None: the engine does not tell.")
+    operators: Operators | None = Field(description="None: the engine does not tell, or it was not asked.")
     weight_bytes: int = Field(description="Of the graph and its weights, read once per token.")
     num_weights: int | None = Field(description="That a token is multiplied with; None: not known.")
     layers: tuple[LayerError, ...] = ()
@@ -113,7 +114,7 @@ def examine(
     Writes facts.json.
 
     Args:
-        bundle: of a decoder.
+        bundle: of any model; what an encoder or encoder-decoder runs is not looked at.
         checkpoint: what it was compiled from; None: not known, so its layers are not compared.
         original: the checkpoint to compare layers with; None where the original is a bundle too.
         data: prepared tokens; the first evaluation windows are read.
@@ -127,7 +128,9 @@ def examine(
 
     engine, tuned_threads = settings_here(bundle, read_manifest(bundle))
     windows = load_tokens(data, "evaluation")[:NUM_WINDOWS, :MAX_LENGTH].astype(np.int64)
-    operators = read_operators(bundle, engine, windows[:1, :PROMPT_TOKENS], threads=tuned_threads or threads)
+    operators = None
+    if not is_exported(_family(bundle)):
+        operators = read_operators(bundle, engine, windows[:1, :PROMPT_TOKENS], threads=tuned_threads or threads)
     report(1, 3, {})
     why = "the checkpoint that it was compiled from is not known"
     layers: tuple[LayerError, ...] = ()
@@ -195,8 +198,10 @@ def weight_bytes(bundle: Path) -> int:
 
 
 def num_weights(bundle: Path) -> int | None:
-    """Weights of a decoder's linear layers and LM head, by its config.json; None for families without such sizes."""
+    """Weights of a decoder's linear layers and LM head, by its config.json; None for others, or without such sizes."""
     config = json.loads((bundle / "config.json").read_text())
+    if is_exported(config["model_type"]):
+        return None
     try:
         hidden, inner, depth = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
         heads = int(config["num_attention_heads"])
@@ -223,6 +228,9 @@ def explain(facts: Facts, speeds: Speeds | None, *, slower: bool, worse: bool) -
             findings += _of_bounds(facts, speeds, speeds.machine)
     if worse:
         findings += _of_layers(facts)
+    if not findings:
+        sentence = "Nothing that was looked at explains it; what an engine runs is looked at of decoders only."
+        findings.append(Finding(kind="operators", sentence=sentence))
     of: Complaint = "slower and worse" if slower and worse else "worse" if worse else "slower"
     return Diagnosis(of=of, findings=tuple(findings), facts=facts)
 
@@ -370,6 +378,10 @@ def _of_layers(facts: Facts) -> list[Finding]:
 
 def _half(layer: LayerError) -> str:
     return "attention" if layer.attention > layer.feed_forward else "feed-forward"
+
+
+def _family(directory: Path) -> str:
+    return str(json.loads((directory / "config.json").read_text())["model_type"])
 
 
 def _num_layers(checkpoint: Path) -> int | None:

@@ -10,6 +10,9 @@ Definitions: TTFT is the time from the request until the first token is chosen; 
 of one request; inter-token times are the single gaps. Throughput is completed output tokens by wall-clock time of a
 batch of requests from its start, prompts included. The load is closed-loop: the next batch starts when the last ended.
 Every prompt is new, so no prefix cache answers.
+
+An encoder-decoder's prompt is its source. An encoder writes nothing (`new_tokens: 0`): its latency is the time until
+everything is said of a batch of sequences, and its throughput is that of tokens it has read.
 """
 
 import math
@@ -26,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator
 
+from tasks.calibration.exported_families import Kind
 from tasks.calibration.progress import Report, silent
 from tasks.validation.conditions import Conditions, conditions, snapshot
 from tasks.validation.energy import Meter
@@ -45,6 +49,7 @@ from tasks.validation.statistics import (
     ratio_of_medians,
     ratio_of_percentiles,
     ratio_through_control,
+    scaled,
 )
 from tasks.validation.worker import FAILURES
 
@@ -61,12 +66,21 @@ CONTROL_MAX_HALF_WIDTH = 0.15
 """A wider interval of the control says that the machine's noise hides differences of this size."""
 ENERGY, GPU_MEMORY = "energy_j_per_token", "peak_gpu_memory_mib"
 """Metrics that not every machine tells."""
+SAMPLES = "samples_per_s"
+OF_WRITING = ("ttft_ms", "tpot_ms")
 _SPEED: dict[str, Any] = {"aspect": "speed", "option": "validation.speed"}
 METRICS = (
     Metric(name="ttft_ms", title="TTFT", unit="ms", better="lower", **_SPEED),
     Metric(name="tpot_ms", title="TPOT", unit="ms", better="lower", **_SPEED),
     Metric(name="latency_ms", title="end-to-end latency", unit="ms", better="lower", **_SPEED),
     Metric(name="throughput_tokens_per_s", title="throughput", unit="tokens/s", better="higher", **_SPEED),
+    Metric(
+        name=SAMPLES,
+        title="throughput in sequences",
+        unit="samples/s",
+        better="higher",
+        **_SPEED | {"option": "validation.speed of an encoder (`new_tokens: 0`)"},
+    ),
     Metric(
         name="speedup_over_original",
         title="throughput relative to the original",
@@ -107,8 +121,14 @@ METRICS = (
 class Speed(BaseModel, frozen=True, extra="forbid"):
     """How speed is measured: greedy generation of a fixed number of tokens, subjects interleaved in blocks."""
 
-    prompt_tokens: int = Field(128, ge=1, description="Tokens per prompt.")
-    new_tokens: int = Field(48, ge=2, description="Tokens generated per prompt.")
+    prompt_tokens: int = Field(
+        128,
+        ge=1,
+        description="Tokens per prompt; of an encoder-decoder, of its source; of an encoder, of its sequence.",
+    )
+    new_tokens: int = Field(
+        48, ge=0, description="Tokens generated per prompt, at least 2; 0 of an encoder, which writes none."
+    )
     batch_sizes: tuple[int, ...] = Field(
         (1, 8), min_length=1, description="Requests at a time; TTFT and TPOT are those of batch size 1."
     )
@@ -134,6 +154,23 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"batch_sizes must ascend from 1; got {list(batch_sizes)}. Write [1, 8], for example.")
         return batch_sizes
 
+    @field_validator("new_tokens")
+    @classmethod
+    def _gaps_can_be_measured(cls, new_tokens: int) -> int:
+        if new_tokens == 1:
+            raise ValueError(
+                "must be at least 2, since TPOT is of the tokens after the first, or 0 of an encoder; got 1."
+            )
+        return new_tokens
+
+    def misfit(self, kind: Kind) -> str | None:
+        """Why models of a kind cannot be measured so; None if they can."""
+        if kind == "encoder" and self.new_tokens:
+            return f"an encoder writes no tokens; speed.new_tokens is {self.new_tokens}. Write `new_tokens: 0`."
+        if kind != "encoder" and not self.new_tokens:
+            return f"new_tokens 0 is of encoders; this is {_a(kind)}. Write how many tokens it generates."
+        return None
+
     def metrics(self) -> tuple[Metric, ...]:
         """What these options measure."""
         refused: dict[Percentile, str] = {
@@ -149,12 +186,24 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
         }
         by_batch = {"batch_sizes": self.batch_sizes}
         measured_of: dict[str, dict[str, Any]] = {
-            **dict.fromkeys(("ttft_ms", "tpot_ms", "latency_ms"), of_requests),
+            **dict.fromkeys((*OF_WRITING, "latency_ms"), of_requests),
             ENERGY: {"batch_sizes": (1,)},
             "peak_memory_mib": {},
             GPU_MEMORY: {},
         }
-        return tuple(metric.model_copy(update=measured_of.get(metric.name, by_batch)) for metric in METRICS)
+        left_out: tuple[str, ...] = (SAMPLES,)
+        if not self.new_tokens:
+            measured_of |= {"latency_ms": of_requests | by_batch, SAMPLES: by_batch | {"option": "validation.speed"}}
+            left_out = OF_WRITING
+        return tuple(
+            metric.model_copy(update=measured_of.get(metric.name, by_batch))
+            for metric in METRICS
+            if metric.name not in left_out
+        )
+
+
+def _a(kind: Kind) -> str:
+    return "an encoder-decoder" if kind == "encoder-decoder" else f"a {kind}"
 
 
 class Subject(BaseModel, frozen=True, extra="forbid"):
@@ -179,19 +228,20 @@ class Throughput(BaseModel, frozen=True, extra="forbid"):
 class BatchLatency(BaseModel, frozen=True, extra="forbid"):
     """One subject at one batch size."""
 
-    ttft_ms: Percentiles
-    tpot_ms: Percentiles
-    latency_ms: Percentiles = Field(description="From the request to its last token.")
+    ttft_ms: Percentiles | None = Field(None, description="None: an encoder's, which writes no tokens.")
+    tpot_ms: Percentiles | None = None
+    latency_ms: Percentiles = Field(description="From the request to its last token, or until an encoder has answered.")
+    latency_ratios_to_original: dict[str, Estimate] = Field({}, description="By percentile; below 1: faster.")
 
 
 class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     """One subject: batch size 1 unless said otherwise; intervals are 95 %, from resampled blocks."""
 
-    ttft_ms: Percentiles
-    tpot_ms: Percentiles = Field(description="Over requests.")
-    inter_token_ms: Percentiles = Field(description="Over single gaps between tokens.")
-    ttft_ratios_to_original: dict[str, Estimate] = Field(description="By percentile; below 1: faster.")
-    tpot_ratios_to_original: dict[str, Estimate]
+    ttft_ms: Percentiles | None = Field(None, description="None: an encoder's, which writes no tokens.")
+    tpot_ms: Percentiles | None = Field(None, description="Over requests.")
+    inter_token_ms: Percentiles | None = Field(None, description="Over single gaps between tokens.")
+    ttft_ratios_to_original: dict[str, Estimate] = Field({}, description="By percentile; below 1: faster.")
+    tpot_ratios_to_original: dict[str, Estimate] = {}
     latency_ms: Percentiles | None = Field(None, description="From the request to its last token.")
     latency_ratios_to_original: dict[str, Estimate] = Field({}, description="By percentile; below 1: faster.")
     by_batch_size: dict[int, BatchLatency] = Field({}, description="The same latencies, of every batch size.")
@@ -210,13 +260,25 @@ class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     idle_cpu_percent: float = Field(description="Of one core, burnt while others were measured; should be near 0.")
     group: int
 
+    @property
+    def time_ms(self) -> Percentiles:
+        """What is compared where one figure has to do: time per output token; of an encoder, its latency."""
+        found = self.tpot_ms or self.latency_ms
+        assert found is not None
+        return found
+
 
 class Control(BaseModel, frozen=True, extra="forbid"):
     """The original beside itself: every ratio should be 1."""
 
-    ttft_ratio: Estimate
-    tpot_ratio: Estimate
+    ttft_ratio: Estimate | None = Field(None, description="None: an encoder's, which writes no tokens.")
+    tpot_ratio: Estimate | None = None
     throughput_ratio: Estimate
+
+    def named(self) -> dict[str, Estimate]:
+        """The ratios by what they are of: ttft_ms, tpot_ms, throughput."""
+        of = {"ttft_ms": self.ttft_ratio, "tpot_ms": self.tpot_ratio, "throughput": self.throughput_ratio}
+        return {name: ratio for name, ratio in of.items() if ratio}
 
 
 class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
@@ -230,7 +292,7 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
     noisy: bool
     noise: str = Field(description="What the control says about the machine, in a sentence.")
     prompt_tokens: int
-    new_tokens: int
+    new_tokens: int = Field(description="0: of encoders.")
     threads: int
     num_blocks: int
     num_groups: int
@@ -247,7 +309,7 @@ class SpeedSummary(BaseModel, frozen=True, extra="forbid"):
         """How far below and above 1 the original's ratio to itself may lie if the machine was noisy, else (1, 1)."""
         if not self.noisy:
             return 1.0, 1.0
-        ratios = (self.control.ttft_ratio, self.control.tpot_ratio, self.control.throughput_ratio)
+        ratios = self.control.named().values()
         lows = [ratio.low for ratio in ratios if ratio.low is not None]
         highs = [ratio.high for ratio in ratios if ratio.high is not None]
         return min([1.0, *lows]), max([1.0, *highs])
@@ -268,6 +330,8 @@ class Timings:
     """By batch size: for each block, seconds until each token was chosen, [new_tokens]."""
     joules: list[float] = field(default_factory=list)
     """Of each block at batch size 1; empty: not measured."""
+    tokens_read: int = 0
+    """Of each request, where it is an encoder's, whose one time is that of its answer; 0: it writes tokens."""
 
     def saw_gpu_memory(self, mib: float | None) -> None:
         """Keeps the most that was held; None: not known."""
@@ -286,7 +350,7 @@ class Timings:
         """[num_blocks, 1]; empty: not measured, or by counters that stood still."""
         if not any(self.joules) or len(self.joules) < len(self.batches[1]):
             return np.empty((0, 1))
-        return np.array(self.joules, np.float64)[:, None] / max(1, len(self.batches[1][0]))
+        return np.array(self.joules, np.float64)[:, None] / max(1, self.tokens_read or len(self.batches[1][0]))
 
     def tpot_ms(self, batch_size: int = 1) -> NDArray[np.float64]:
         """[num_blocks, 1]: (end - TTFT) / (new tokens - 1)."""
@@ -298,9 +362,9 @@ class Timings:
         return np.diff(1000 * np.array(self.batches[1]), axis=1)
 
     def tokens_per_s(self, batch_size: int) -> NDArray[np.float64]:
-        """[num_blocks, 1]."""
+        """[num_blocks, 1]: of what is written; of an encoder, of what is read."""
         chosen = np.array(self.batches[batch_size])
-        return np.asarray(batch_size * chosen.shape[1] / chosen[:, -1:], np.float64)
+        return np.asarray(batch_size * (self.tokens_read or chosen.shape[1]) / chosen[:, -1:], np.float64)
 
 
 def measure_speed(
@@ -449,8 +513,13 @@ def _start_group(
         if memory_mib > options.max_memory_mib and len(running) > len(twice):
             worker.close()
             break
-        running[name] = (worker, Timings(load_s=load_s, size_bytes=size_bytes(path), group=group))
+        timing = Timings(load_s=load_s, size_bytes=size_bytes(path), group=group, tokens_read=_tokens_read(options))
+        running[name] = (worker, timing)
     return running
+
+
+def _tokens_read(options: "Speed | SpeedSummary") -> int:
+    return 0 if options.new_tokens else options.prompt_tokens
 
 
 @contextmanager
@@ -467,11 +536,16 @@ def _noting_failure(worker: LatencyWorker, failed: dict[str, str], *, is_needed:
 
 def _warm_up(worker: LatencyWorker, prompts: Prompts, options: Speed) -> None:
     """One request of full length, and the beginning of one at each larger batch size: engines compile per shape."""
+    if problem := options.misfit(worker.kind):
+        raise ValueError(f"{worker.name!r} cannot be timed so: {problem}")
     needed = options.prompt_tokens + options.new_tokens - 1  # the last new token is not read back
-    if worker.max_length < needed:
+    advice = "Lower them, or compile the engine with a larger max_length."
+    if worker.kind != "decoder":  # source and text have positions of their own
+        needed, advice = max(options.prompt_tokens, options.new_tokens), "Lower them."
+    if worker.max_length is not None and worker.max_length < needed:
         raise ValueError(
             f"{worker.name!r} reads at most {worker.max_length} tokens; speed.prompt_tokens and speed.new_tokens need "
-            f"{needed}. Lower them, or compile the engine with a larger max_length."
+            f"{needed}. {advice}"
         )
     for batch_size in options.batch_sizes:
         worker.generate(prompts.draw(batch_size), options.new_tokens if batch_size == 1 else min(8, options.new_tokens))
@@ -522,7 +596,11 @@ def _measure_blocks(
         report(
             step,
             (num_before + 1 + more) * options.num_blocks,
-            {f"tpot_ms.{name}": float(timing.tpot_ms()[-1, 0]) for name, (_, timing) in running.items()},
+            {
+                f"{name}.{subject}": float((timing.tpot_ms() if options.new_tokens else timing.latency_ms())[-1, 0])
+                for name in ("tpot_ms" if options.new_tokens else "latency_ms",)
+                for subject, (_, timing) in running.items()
+            },
         )
 
 
@@ -592,11 +670,7 @@ def summarize(
         together = baseline is not None and part_in[name] == part_in[baselines[name]]
         throughput, latencies = {}, {}
         for batch_size in options.batch_sizes:
-            latencies[batch_size] = BatchLatency(
-                ttft_ms=percentiles(timing.ttft_ms(batch_size), **how),
-                tpot_ms=percentiles(timing.tpot_ms(batch_size), **how),
-                latency_ms=percentiles(timing.latency_ms(batch_size), **how),
-            )
+            latencies[batch_size] = _latency(timing, original, batch_size, **how)
             rate, originals = timing.tokens_per_s(batch_size), original.tokens_per_s(batch_size)
             versus = None
             if baseline and together:
@@ -612,17 +686,22 @@ def summarize(
             )
         joules, originals_joules = timing.joules_per_token(), original.joules_per_token()
         paired = len(joules) == len(originals_joules) and joules.size and np.median(originals_joules) > 0
+        of_writing: dict[str, Any] = {}
+        if not timing.tokens_read:
+            of_writing = {
+                "inter_token_ms": percentiles(timing.inter_token_ms(), **how),
+                "ttft_ratios_to_original": _ratios(timing.ttft_ms(), original.ttft_ms(), **how),
+                "tpot_ratios_to_original": _ratios(timing.tpot_ms(), original.tpot_ms(), **how),
+            }
         summaries[name] = SubjectSpeed(
             ttft_ms=latencies[1].ttft_ms,
             tpot_ms=latencies[1].tpot_ms,
-            inter_token_ms=percentiles(timing.inter_token_ms(), **how),
             latency_ms=latencies[1].latency_ms,
-            latency_ratios_to_original=_ratios(timing.latency_ms(), original.latency_ms(), **how),
+            latency_ratios_to_original=latencies[1].latency_ratios_to_original,
+            **of_writing,
             by_batch_size=latencies,
             energy_j_per_token=median(joules, **how) if joules.size else None,
             energy_ratio_to_original=ratio_of_medians(joules, originals_joules, **how) if paired else None,
-            ttft_ratios_to_original=_ratios(timing.ttft_ms(), original.ttft_ms(), **how),
-            tpot_ratios_to_original=_ratios(timing.tpot_ms(), original.tpot_ms(), **how),
             throughput=throughput,
             load_s=timing.load_s,
             peak_memory_mib=timing.peak_memory_mib,
@@ -646,6 +725,17 @@ def summarize(
         num_groups=len(groups),
         elapsed_s=elapsed_s,
     )
+
+
+def _latency(timing: Timings, original: Timings, batch_size: int, **how: Any) -> BatchLatency:
+    of_writing: dict[str, Any] = {}
+    if not timing.tokens_read:
+        times = {"ttft_ms": timing.ttft_ms(batch_size), "tpot_ms": timing.tpot_ms(batch_size)}
+        of_writing = {name: percentiles(each, **how) for name, each in times.items()}
+    its, ratios = timing.latency_ms(batch_size), {}
+    if timing.tokens_read or batch_size == 1:  # what may be limited
+        ratios = _ratios(its, original.latency_ms(batch_size), **how)
+    return BatchLatency(latency_ms=percentiles(its, **how), latency_ratios_to_original=ratios, **of_writing)
 
 
 def _how(options: Speed, confidence: float) -> dict[str, Any]:
@@ -677,20 +767,26 @@ def _pool(timings: Sequence[Timings]) -> Timings:
         idle_cpu_s=sum(timing.idle_cpu_s for timing in timings),
         batches=batches,
         joules=[joules for timing in timings for joules in timing.joules],
+        tokens_read=timings[0].tokens_read,
     )
 
 
 def _control(original: Timings, control: Timings, **how: Any) -> Control:
+    of_writing = {}
+    if not original.tokens_read:
+        of_writing = {
+            "ttft_ratio": ratio_of_medians(control.ttft_ms(), original.ttft_ms(), **how),
+            "tpot_ratio": ratio_of_medians(control.tpot_ms(), original.tpot_ms(), **how),
+        }
     return Control(
-        ttft_ratio=ratio_of_medians(control.ttft_ms(), original.ttft_ms(), **how),
-        tpot_ratio=ratio_of_medians(control.tpot_ms(), original.tpot_ms(), **how),
-        throughput_ratio=ratio_of_medians(control.tokens_per_s(1), original.tokens_per_s(1), **how),
+        throughput_ratio=ratio_of_medians(control.tokens_per_s(1), original.tokens_per_s(1), **how), **of_writing
     )
 
 
 def judge_noise(control: Control) -> tuple[bool, str]:
     """Whether the machine was too noisy, and what the control shows, in a sentence."""
-    named = {"TTFT": control.ttft_ratio, "TPOT": control.tpot_ratio, "throughput": control.throughput_ratio}
+    titles = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "throughput": "throughput"}
+    named = {titles[name]: ratio for name, ratio in control.named().items()}
     shown = ", ".join(f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in named.items())
     off = [n for n, e in named.items() if _low(e) > 1 + CONTROL_TOLERANCE or _high(e) < 1 - CONTROL_TOLERANCE]
     wide = [n for n, e in named.items() if (_high(e) - _low(e)) / 2 > CONTROL_MAX_HALF_WIDTH]
@@ -708,9 +804,8 @@ def detectable_percent(control: Control, confidence: float = CONFIDENCE) -> dict
     of all runs. With h = z(0.975) standard errors, probability p needs z(p) standard errors more, which is
     h (1 + z(p) / z(0.975)); that is for a `confidence` of 95 %.
     """
-    named = {"ttft_ms": control.ttft_ratio, "tpot_ms": control.tpot_ratio, "throughput": control.throughput_ratio}
     more = 1 + NormalDist().inv_cdf(POWER) / NormalDist().inv_cdf(0.5 + confidence / 2)
-    return {name: 100 * more * (_high(e) - _low(e)) / 2 for name, e in named.items() if e.low is not None}
+    return {name: 100 * more * (_high(e) - _low(e)) / 2 for name, e in control.named().items() if e.low is not None}
 
 
 def _smallest_difference(detectable: dict[str, float]) -> str:
@@ -740,6 +835,7 @@ def read_groups(directory: Path, summary: SpeedSummary) -> list[dict[str, Timing
                 peak_gpu_memory_mib=about.peak_gpu_memory_mib,
                 idle_s=1.0,
                 idle_cpu_s=about.idle_cpu_percent / 100,
+                tokens_read=_tokens_read(summary),
             ),
         )
         timing.batches[int(batch_size)] = [[float(second) for second in chosen] for chosen in its["chosen_after_s"]]
@@ -773,29 +869,51 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
         ratio, of_original = subject.energy_ratio_to_original, original.energy_j_per_token
         beside_it = beside(joules, ratio, of_original.value, better="lower") if ratio and of_original else None
         found[figure_name(ENERGY, batch_size=1)] = beside_it or Measured(value=joules)
-    for metric in ("ttft_ms", "tpot_ms", "latency_ms"):
-        its: Percentiles | None = getattr(subject, metric)
-        others: Percentiles | None = getattr(original, metric)
-        if its is None or others is None:
-            continue
+    for metric in (*OF_WRITING, "latency_ms"):
         ratios: dict[str, Estimate] = getattr(subject, f"{metric.removesuffix('_ms')}_ratios_to_original")
-        for percentile in PERCENTILES:
-            found[figure_name(metric, percentile=percentile, batch_size=1)] = beside(
-                getattr(its, percentile),
-                ratios[percentile],
-                getattr(others, percentile).value,
-                better="lower",
-                too_few=its.too_few(percentile),
-            )
+        found |= _times(metric, 1, getattr(subject, metric), getattr(original, metric), ratios)
+    if not summary.new_tokens:
+        for batch_size, latency in subject.by_batch_size.items():
+            others = original.by_batch_size[batch_size].latency_ms
+            found |= _times("latency_ms", batch_size, latency.latency_ms, others, latency.latency_ratios_to_original)
     for batch_size, at in subject.throughput.items():
         rate = original.throughput[batch_size].tokens_per_s.value
         found[figure_name("throughput_tokens_per_s", batch_size=batch_size)] = beside(
             at.tokens_per_s, at.ratio_to_original, rate, better="higher"
         )
+        if not summary.new_tokens:
+            found[figure_name(SAMPLES, batch_size=batch_size)] = beside(
+                scaled(at.tokens_per_s, 1 / summary.prompt_tokens),
+                at.ratio_to_original,
+                rate / summary.prompt_tokens,
+                better="higher",
+            )
         found[figure_name("speedup_over_original", batch_size=batch_size)] = Measured(value=at.ratio_to_original)
         if at.ratio_to_baseline:
             found[figure_name("speedup_over_unquantized", batch_size=batch_size)] = Measured(value=at.ratio_to_baseline)
     return found
+
+
+def _times(
+    metric: str,
+    batch_size: int,
+    its: Percentiles | None,
+    others: Percentiles | None,
+    ratios: dict[str, Estimate],
+) -> dict[str, Measured]:
+    """Every percentile of a latency beside the original's; empty where it was not measured."""
+    if its is None or others is None:
+        return {}
+    return {
+        figure_name(metric, percentile=percentile, batch_size=batch_size): beside(
+            getattr(its, percentile),
+            ratios[percentile],
+            getattr(others, percentile).value,
+            better="lower",
+            too_few=its.too_few(percentile),
+        )
+        for percentile in PERCENTILES
+    }
 
 
 def _low(estimate: Estimate) -> float:

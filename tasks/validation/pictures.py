@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 from tasks.validation.charts import is_log
 from tasks.validation.report import (
     DISTRIBUTIONS,
-    FIGURES_OF_FRONT,
     LOADS,
     Line,
     ReportData,
     engines_of,
+    figures_of_front,
     front_points,
     lines,
     load_curves,
     point_of,
+    quality_metric,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DPI = 150
 def draw(data: ReportData, folder: Path) -> list[Path]:
     """Writes one PNG per plot of the page into `folder`, and returns them."""
     drawn: dict[str, Figure] = {}
-    for name, short in FIGURES_OF_FRONT.items():
+    for name, short in figures_of_front(data).items():
         points = front_points(data, name)
         if points:
             drawn[f"pareto-{short}"] = _scatter(data, points, name)
@@ -78,7 +79,9 @@ def _axes(x_label: str, y_label: str, title: str, height: float = 4.5) -> "tuple
 
 
 def _scatter(data: ReportData, points: Sequence[tuple[Line, float, float]], name: str) -> "Figure":
-    figure, axes = _axes(name, "perplexity", f"{data.title}: perplexity against {name}")
+    metric = quality_metric(data)
+    assert metric is not None  # of the points
+    figure, axes = _axes(name, metric.title, f"{data.title}: {metric.title} against {name}")
     engines = engines_of(data)
     for index, engine in enumerate(engines):
         of = [(line, x, y) for line, x, y in points if line.row.engine == engine]

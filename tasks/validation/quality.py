@@ -43,30 +43,32 @@ ROWS_PER_CHUNK = 64
 """Positions whose log-softmax is held at once: 64 of 150 000 tokens are 38 MiB."""
 MAX_REFERENCE_BYTES = 128 * 2**20
 """Bound of the original's stored log-probabilities, 4 bytes per vocabulary entry and position."""
+GREEDY = "greedy_match_tokens"
+_QUALITY: dict[str, Any] = {"aspect": "quality", "option": "validation.quality"}
 METRICS = (
-    Metric(name="perplexity", title="perplexity", unit="", better="lower", aspect="quality"),
-    Metric(name="bits_per_byte", title="bits per byte", unit="", better="lower", aspect="quality"),
+    Metric(name="perplexity", title="perplexity", unit="", better="lower", **_QUALITY),
+    Metric(name="bits_per_byte", title="bits per byte", unit="", better="lower", **_QUALITY),
     Metric(
         name="top1_agreement",
         title="top-1 agreement",
         unit="",
         better="higher",
-        aspect="quality",
         compared=False,
         largest=1.0,
+        **_QUALITY,
     ),
     Metric(
         name="top5_agreement",
         title="top-5 agreement",
         unit="",
         better="higher",
-        aspect="quality",
         compared=False,
         largest=1.0,
+        **_QUALITY,
     ),
-    Metric(name="kl_nats", title="KL from the original", unit="nats", better="lower", aspect="quality", compared=False),
+    Metric(name="kl_nats", title="KL from the original", unit="nats", better="lower", compared=False, **_QUALITY),
     Metric(
-        name="greedy_match_tokens",
+        name=GREEDY,
         title="greedy match with the original",
         unit="tokens",
         better="higher",
@@ -105,9 +107,9 @@ class Quality(BaseModel, frozen=True, extra="forbid"):
     def metrics(self) -> tuple[Metric, ...]:
         """What these options measure."""
         return tuple(
-            metric.model_copy(update={"largest": float(self.greedy_tokens)}) if metric.option else metric
+            metric.model_copy(update={"largest": float(self.greedy_tokens)}) if metric.name == GREEDY else metric
             for metric in METRICS
-            if self.greedy_tokens or not metric.option
+            if self.greedy_tokens or metric.name != GREEDY
         )
 
 

@@ -21,19 +21,37 @@ from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
 from tasks.validation.load import Level, LoadSummary
 from tasks.validation.measured import Measured, Metric, metric_of
 from tasks.validation.pareto import pareto_front
-from tasks.validation.quality import QualitySummary, ReferenceSummary
-from tasks.validation.statistics import CONFIDENCE, Estimate
+from tasks.validation.quality import METRICS, QualitySummary, ReferenceSummary
+from tasks.validation.statistics import CONFIDENCE, Estimate, Percentiles, scaled
 from tasks.validation.verdicts import Check, Judgement
 
 TEMPLATE = "report.html.j2"
+TASKS = "validation.tasks"
+"""How the option begins that measures a metric of a task."""
+MAX_COLUMNS = 4
+"""Figures of tasks in the first table."""
 
 
 class Parity(BaseModel, frozen=True, extra="forbid"):
     """An engine against PyTorch on the same checkpoint and inputs."""
 
-    max_abs_error: float = Field(description="Largest difference of a logit.")
-    top1_agreement: float
-    kl_nats: float
+    max_abs_error: float = Field(description="Largest difference of a logit; of an encoder, of any number it gives.")
+    top1_agreement: float | None = Field(None, description="None: an encoder's, as is KL of an encoder-decoder.")
+    kl_nats: float | None = None
+    min_cosine: float | None = Field(None, description="Of an encoder's vectors, the least similar.")
+
+    @property
+    def words(self) -> str:
+        """All of it, in words."""
+        what = "a logit" if self.min_cosine is None else "what it gives"
+        said = [f"largest difference of {what} {number(self.max_abs_error)}"]
+        if self.top1_agreement is not None:
+            said.append(f"same top-1 {100 * self.top1_agreement:.2f} %")
+        if self.kl_nats is not None:
+            said.append(f"KL {self.kl_nats:.2g} nats")
+        if self.min_cosine is not None:
+            said.append(f"least cosine {self.min_cosine:.4f}")
+        return ", ".join(said)
 
 
 class Row(BaseModel, frozen=True, extra="forbid"):
@@ -103,7 +121,7 @@ class Distribution(BaseModel, frozen=True, extra="forbid"):
     """How a time of one subject is spread, at `charts.QUANTILES`."""
 
     subject: str
-    metric: str = Field(description="ttft_ms, tpot_ms or inter_token_ms.")
+    metric: str = Field(description="ttft_ms, tpot_ms or inter_token_ms; of an encoder latency_ms.")
     num: int
     values: tuple[float, float, float, float, float]
 
@@ -127,7 +145,7 @@ class ReportData(BaseModel, frozen=True, extra="forbid"):
     elapsed_s: float
     original_size_bytes: int = Field(description="Of the float32 checkpoint, or the bundle that is the original.")
     original_engine: str = Field("PyTorch float32", description="In which the original answers.")
-    reference: ReferenceSummary
+    reference: ReferenceSummary | None = Field(description="None: no perplexity was measured.")
     rows: tuple[Row, ...]
     speed: SpeedSummary | None
     load: LoadSummary | None = None
@@ -172,6 +190,10 @@ def render(data: ReportData, out: Path) -> Path:
         load_charts=_load_charts(data),
         task_figures=[each for each in figures if _is_of_task(each[1])],
         other_figures=[each for each in figures if not _is_of_task(each[1])],
+        columns=task_columns(data),
+        writes=writes(data),
+        quality=quality_metric(data),
+        originals_figure=originals_figure,
         block_errors=_block_errors,
         check_bar=_check_bar,
         confidence=max((check.confidence for row in judged for check in row.checks), default=CONFIDENCE),
@@ -191,6 +213,8 @@ class Line(BaseModel, frozen=True):
     speed: SubjectSpeed | None
     perplexity: Estimate | None
     increase_percent: Estimate | None
+    quality: float | None = Field(None, description="What the Pareto front compares: see `quality_metric`.")
+    cost_of_quality: float | None = Field(None, description="The same so that less is better.")
     is_original: bool = False
     on_front: bool = False
 
@@ -203,13 +227,14 @@ class Line(BaseModel, frozen=True):
         at = self.speed.throughput.get(batch_size) if self.speed else None
         return at.tokens_per_s if at else None
 
+    def samples_per_s(self, batch_size: int, tokens_per_sample: int) -> Estimate | None:
+        """An encoder's throughput in sequences, if it was measured."""
+        rate = self.tokens_per_s(batch_size)
+        return scaled(rate, 1 / tokens_per_sample) if rate else None
+
     def figures(self) -> tuple[float | None, ...]:
-        """What the Pareto front compares: size, time per output token, perplexity."""
-        return (
-            self.row.size_bytes,
-            self.speed.tpot_ms.p50.value if self.speed else None,
-            self.perplexity.value if self.perplexity else None,
-        )
+        """What the Pareto front compares, less being better: size, time per output token or latency, quality."""
+        return (self.row.size_bytes, self.speed.time_ms.p50.value if self.speed else None, self.cost_of_quality)
 
 
 def lines(data: ReportData) -> list[Line]:
@@ -218,7 +243,7 @@ def lines(data: ReportData) -> list[Line]:
     original = Line(
         row=Row(name=ORIGINAL, candidate=ORIGINAL, engine=data.original_engine, size_bytes=data.original_size_bytes),
         speed=subjects.get(ORIGINAL),
-        perplexity=data.reference.perplexity,
+        perplexity=data.reference.perplexity if data.reference else None,
         increase_percent=None,
         is_original=True,
     )
@@ -233,12 +258,51 @@ def lines(data: ReportData) -> list[Line]:
     ]
     order = {"": 0, "ACCEPT": 1, "ANOMALOUS": 2, "INCONCLUSIVE": 3, "REJECT": 4}
     rows.sort(key=lambda line: (order[line.verdict], line.row.name != data.winner))
-    everything = [original, *rows]
+    everything = [_with_quality(line, data) for line in (original, *rows)]
     figures = [line.figures() for line in everything]
     if data.speed is None:  # then the front is that of size and quality
-        figures = [(size_bytes, perplexity) for size_bytes, _, perplexity in figures]
+        figures = [(size_bytes, quality) for size_bytes, _, quality in figures]
     front = pareto_front(figures)
     return [line.model_copy(update={"on_front": on}) for line, on in zip(everything, front, strict=True)]
+
+
+def writes(data: ReportData) -> bool:
+    """Whether the models write, so that there are times per token; not so of encoders."""
+    return data.speed is None or data.speed.new_tokens > 0
+
+
+def quality_metric(data: ReportData) -> Metric | None:
+    """What stands for quality where one figure has to: perplexity; else that of a task, one that is limited if any."""
+    if data.reference:
+        return data.metrics.get("perplexity", METRICS[0])
+    judged = [row.judgement for row in data.rows if row.judgement]
+    limited = {check.figure for judgement in judged for check in judgement.checks}
+    of_tasks = [metric for metric in data.metrics.values() if _is_of_task(metric)]
+    return next((metric for metric in of_tasks if metric.name in limited), of_tasks[0] if of_tasks else None)
+
+
+def task_columns(data: ReportData) -> list[Metric]:
+    """Metrics of tasks that the first table shows: the first few where no perplexity stands there."""
+    return [] if data.reference else [m for m in data.metrics.values() if _is_of_task(m)][:MAX_COLUMNS]
+
+
+def originals_figure(data: ReportData, metric: Metric) -> float | None:
+    """A task's figure of the original, which agrees with itself wholly."""
+    known = (row.figures[metric.name].original for row in data.rows if metric.name in row.figures)
+    found = next((original for original in known if original is not None), None)
+    return metric.largest if found is None and not metric.compared else found
+
+
+def _with_quality(line: Line, data: ReportData) -> Line:
+    metric, quality = quality_metric(data), None
+    if data.reference:
+        quality = line.perplexity.value if line.perplexity else None
+    elif metric and line.is_original:
+        quality = originals_figure(data, metric)
+    elif metric and metric.name in line.row.figures:
+        quality = line.row.figures[metric.name].value.value
+    sign = -1 if metric and metric.better == "higher" else 1
+    return line.model_copy(update={"quality": quality, "cost_of_quality": None if quality is None else sign * quality})
 
 
 class Headline(BaseModel, frozen=True):
@@ -282,13 +346,17 @@ def headline(data: ReportData) -> Headline:
     if subject:
         for batch_size, at in subject.throughput.items():
             ratio = at.ratio_to_original
-            what = f"the tokens per second at batch size {batch_size}"
+            what = f"the {'tokens' if writes(data) else 'sequences'} per second at batch size {batch_size}"
             figures.append((f"{ratio.value:.1f}×", what, interval(ratio)))
     if row.quality:
         increase = row.quality.perplexity_increase_percent
         figures.append((f"{increase.value:+.2f} %", "perplexity", interval(increase)))
         agreement = row.quality.top1_agreement
         figures.append((f"{100 * agreement.value:.1f} %", "same likeliest next token", interval(agreement, 100)))
+    for metric in task_columns(data)[:2]:
+        if metric.name in row.figures:
+            estimate = row.figures[metric.name].value
+            figures.append((f"{estimate.value:.4g}", metric.title, interval(estimate)))
     others = len([other for other in judged if other.judgement and other.judgement.verdict == "ACCEPT"]) - 1
     beside = f" {others} other{'s' if others > 1 else ''} kept them too." if others > 0 else ""
     sentence = f"{row.candidate} in {row.engine} won: it keeps every limit.{beside}"
@@ -300,20 +368,22 @@ def engines_of(data: ReportData) -> list[str]:
     return list(dict.fromkeys(line.row.engine for line in lines(data)))
 
 
-FIGURES_OF_FRONT = {"time per output token, ms": "time", "size on disk, MiB": "size"}
-"""What perplexity is drawn against, and a short name of each."""
+def figures_of_front(data: ReportData) -> dict[str, str]:
+    """What quality is drawn against, and a short name of each."""
+    time = "time per output token, ms" if writes(data) else "latency of one sequence, ms"
+    return {time: "time", "size on disk, MiB": "size"}
 
 
 def front_points(data: ReportData, name: str) -> list[tuple[Line, float, float]]:
-    """(line, figure, perplexity) of everything that was measured; none where runs are not comparable."""
+    """(line, figure, quality) of everything that was measured; none where runs are not comparable."""
     if data.incomparable:  # points of one picture are held against each other
         return []
     found = []
     for line in lines(data):
-        size_bytes, tpot_ms, perplexity = line.figures()
-        x = tpot_ms if FIGURES_OF_FRONT[name] == "time" else size_bytes / 2**20 if size_bytes else None
-        if x is not None and perplexity is not None and math.isfinite(perplexity):
-            found.append((line, x, perplexity))
+        size_bytes, time_ms, _ = line.figures()
+        x = time_ms if figures_of_front(data)[name] == "time" else size_bytes / 2**20 if size_bytes else None
+        if x is not None and line.quality is not None and math.isfinite(line.quality):
+            found.append((line, x, line.quality))
     return found
 
 
@@ -321,21 +391,25 @@ def _charts(data: ReportData) -> list[Markup]:
     """Quality against time and against size, of everything that was measured."""
     engines = engines_of(data)
     drawn: list[Markup] = []
-    for name in FIGURES_OF_FRONT:
+    metric = quality_metric(data)
+    if metric is None:
+        return drawn
+    for name in figures_of_front(data):
         points = [
             charts.Point(
                 x=x,
-                y=perplexity,
+                y=quality,
                 label=line.row.candidate,
-                tooltip=f"{line.row.candidate}, {line.row.engine}: {number(x)} ({name}), perplexity "
-                f"{perplexity:.2f}" + (f", {line.verdict}" if line.verdict else ""),
+                tooltip=f"{line.row.candidate}, {line.row.engine}: {number(x)} ({name}), {metric.title} "
+                f"{quality:.4g}" + (f", {line.verdict}" if line.verdict else ""),
                 series=engines.index(line.row.engine),
                 on_front=line.on_front,
             )
-            for line, x, perplexity in front_points(data, name)
+            for line, x, quality in front_points(data, name)
         ]
         if points:
-            drawn.append(charts.scatter(points, x_label=name, y_label="perplexity"))
+            higher = metric.better == "higher"
+            drawn.append(charts.scatter(points, x_label=name, y_label=metric.title, higher_is_better=higher))
     return drawn
 
 
@@ -343,6 +417,7 @@ DISTRIBUTIONS = {
     "ttft_ms": "time to first token, ms",
     "tpot_ms": "time per output token of a request, ms",
     "inter_token_ms": "gaps between tokens, ms",
+    "latency_ms": "latency of one sequence, ms",
 }
 
 
@@ -428,7 +503,7 @@ def measured_by_figure(data: ReportData) -> list[tuple[str, Metric, list[Measure
 
 
 def _is_of_task(metric: Metric) -> bool:
-    return metric.option.startswith("validation.tasks")
+    return metric.option.startswith(TASKS)
 
 
 def _block_errors(diagnosis: Diagnosis) -> Markup:
@@ -501,44 +576,70 @@ def terminal_table(data: ReportData) -> Table:
     )
     table.caption_justify = "left"
     table.add_column("candidate", no_wrap=True)
-    for header in ("size\nMiB", "perplexity", "change\n%", "top-1\n%", "TTFT\nms", "TPOT\nms"):
+    has_perplexity, of_tasks, of_tokens = data.reference is not None, task_columns(data), writes(data)
+    headers = ["size\nMiB", *(("perplexity", "change\n%", "top-1\n%") if has_perplexity else ())]
+    headers += [metric.name.replace("_", " ").replace(".", "\n", 1) for metric in of_tasks]
+    if data.speed:
+        headers += ["TTFT\nms", "TPOT\nms"] if of_tokens else ["latency\nms"]
+    headers += [f"{'tokens' if of_tokens else 'samples'}/s\nbatch {batch_size}" for batch_size in batch_sizes]
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    for batch_size in batch_sizes:
-        table.add_column(f"tokens/s\nbatch {batch_size}", justify="right", no_wrap=True)
-    table.add_column("peak\nMiB", justify="right", no_wrap=True)
+    if data.speed:
+        table.add_column("peak\nMiB", justify="right", no_wrap=True)
     table.add_column("verdict", min_width=len("INCONCLUSIVE"))
     styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "magenta"}
     told = f" ({data.original_engine.partition(' float')[0]})"
     for line in lines(data):
         speed, quality = line.speed, line.row.quality
         rates = [line.tokens_per_s(batch_size) for batch_size in batch_sizes]
+        if data.speed and not of_tokens:
+            rates = [line.samples_per_s(batch_size, data.speed.prompt_tokens) for batch_size in batch_sizes]
+        answers = [
+            f"{line.perplexity.value:.2f}" if line.perplexity else "",
+            f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",
+            f"{100 * quality.top1_agreement.value:.1f}" if quality else "",
+        ]
+        times: list[Percentiles | None] = []
+        if data.speed:
+            times = [None] * (2 if of_tokens else 1)
+        if speed:
+            times = [speed.ttft_ms, speed.tpot_ms] if of_tokens else [speed.latency_ms]
         verdict = Text(line.verdict, style=styles.get(line.verdict, ""))
         if line.row.status != "run":
             verdict.append(f" {line.row.status}".strip() if not line.verdict else f", {line.row.status}")
         table.add_row(
             Text(("★ " if line.row.name == data.winner else "  ") + line.row.name + told * line.is_original),
             number(line.row.size_bytes / 2**20) if line.row.size_bytes else "",
-            f"{line.perplexity.value:.2f}" if line.perplexity else "",
-            f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",
-            f"{100 * quality.top1_agreement.value:.1f}" if quality else "",
-            number(speed.ttft_ms.p50.value) if speed else "",
-            number(speed.tpot_ms.p50.value) if speed else "",
+            *(answers if has_perplexity else ()),
+            *(_cell(line, metric, data) for metric in of_tasks),
+            *(number(each.p50.value) if each else "" for each in times),
             *(number(rate.value) if rate else "" for rate in rates),
-            number(speed.peak_memory_mib) if speed else "",
+            *([number(speed.peak_memory_mib) if speed else ""] if data.speed else []),
             verdict,
             style="bold" if line.row.name == data.winner else "",
         )
     return table
 
 
+def _cell(line: Line, metric: Metric, data: ReportData) -> str:
+    """A task's figure, as the first table has it."""
+    value = originals_figure(data, metric) if line.is_original else None
+    if metric.name in line.row.figures:
+        value = line.row.figures[metric.name].value.value
+    return "" if value is None else f"{value:.4g}"
+
+
 def _caption(data: ReportData) -> str:
-    reference = data.reference
-    windows = f"{reference.num_windows} windows of {reference.window} tokens, stride {reference.window}"
-    parts = [f"Perplexity: {windows}, of {reference.num_documents} documents."]
+    parts = []
+    if reference := data.reference:
+        windows = f"{reference.num_windows} windows of {reference.window} tokens, stride {reference.window}"
+        parts.append(f"Perplexity: {windows}, of {reference.num_documents} documents.")
     if data.speed:
+        lengths = f"{data.speed.prompt_tokens} prompt and {data.speed.new_tokens} new tokens"
+        if not writes(data):
+            lengths = f"sequences of {data.speed.prompt_tokens} tokens"
         parts.append(
-            f"Speed: {data.speed.prompt_tokens} prompt and {data.speed.new_tokens} new tokens, {data.speed.threads} "
-            f"threads, medians of {data.speed.num_blocks} interleaved blocks."
+            f"Speed: {lengths}, {data.speed.threads} threads, medians of {data.speed.num_blocks} interleaved blocks."
         )
         if data.speed.noisy:
             parts.append(data.speed.noise)

@@ -99,4 +99,6 @@ def measure_tpot(
 
 def _tpot_ms(speed: SpeedSummary, name: str) -> float:
     """The median, by way of the ratio to the original: subjects of other groups ran while the machine was another."""
-    return speed.subjects[name].tpot_ratios_to_original["p50"].value * speed.subjects[ORIGINAL].tpot_ms.p50.value
+    original = speed.subjects[ORIGINAL].tpot_ms
+    assert original is not None  # decoders write
+    return speed.subjects[name].tpot_ratios_to_original["p50"].value * original.p50.value

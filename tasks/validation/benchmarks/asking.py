@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from tasks.calibration.exported_families import Kind
 from tasks.calibration.progress import Report
 from tasks.engines.text import Sampling, TextGenerator
 from tasks.validation.benchmarks.items import S3, Item, draw, fingerprint, local_file, read_items
@@ -25,6 +26,7 @@ class Options(BaseModel, frozen=True, extra="forbid"):
     """Which items are asked."""
 
     METRICS: ClassVar[tuple[Metric, ...]]
+    ASKS: ClassVar[tuple[Kind, ...]] = ("decoder",)
     ITEM: ClassVar[type[BaseModel]]
 
     data: str = Field(
@@ -102,6 +104,8 @@ class Prompted(Options, frozen=True, extra="forbid"):
 class Written(Prompted, frozen=True, extra="forbid"):
     """How an answer is written: the likeliest tokens."""
 
+    ASKS: ClassVar[tuple[Kind, ...]] = ("decoder", "encoder-decoder")
+
     max_new_tokens: int = Field(128, ge=1, description="Tokens of an answer at most.")
     stop: tuple[str, ...] = Field((), description="Texts that end an answer; they are not part of it.")
 
@@ -149,6 +153,7 @@ class Benchmark(Protocol):
     """A kind of task with its data: one file of this package each."""
 
     METRICS: ClassVar[tuple[Metric, ...]]
+    ASKS: ClassVar[tuple[Kind, ...]]
 
     @property
     def task(self) -> str:

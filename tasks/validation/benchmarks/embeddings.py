@@ -1,20 +1,29 @@
 """Embeddings of an encoder: how near they stay to the original's, and whether search finds the same texts."""
 
+import re
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from tasks.calibration.corpora import Stdlib
+from tasks.calibration.exported_families import Kind
 from tasks.calibration.progress import Report
+from tasks.engines.embedding import BATCH_SIZE, embed
 from tasks.validation.benchmarks.asking import Columns, Options, text_metric
-from tasks.validation.benchmarks.items import Item
+from tasks.validation.benchmarks.items import Item, draw
 from tasks.validation.benchmarks.scores import Floats, Score, mean_of
 from tasks.validation.benchmarks.subjects import Subject
 from tasks.validation.measured import Metric
 
-BATCH_SIZE = 16
+STDLIB = "stdlib"
+PROSE = re.compile(r"[A-Z][^>|]*[a-z)][.:]")
+"""Begins and ends as a sentence does, and is neither a table nor a session of the interpreter."""
+MIN_WORDS, MAX_WORDS = 6, 100
 
 
 class Text(BaseModel):
@@ -30,14 +39,37 @@ class Embeddings(Options, frozen=True, extra="forbid"):
         text_metric("*.cosine", "cosine to the original's embedding", compared=False),
         text_metric("*.retrieval_agreement", "retrieval agreement with the original", compared=False),
     )
+    ASKS: ClassVar[tuple[Kind, ...]] = ("encoder",)
     ITEM: ClassVar[type[BaseModel]] = Text
 
     task: Literal["embeddings"]
+    data: str = Field(
+        min_length=1,
+        description="JSON lines (.jsonl, .jsonl.gz), one item each: a file, package:NAME/FILE, or s3://BUCKET/KEY; or "
+        "`stdlib`: paragraphs of the documentation of Python's standard library, several of one document together.",
+    )
     num_neighbours: int = Field(10, ge=1, description="Texts that a search finds.")
+
+    @model_validator(mode="after")
+    def _documents_are_named_once(self) -> "Embeddings":
+        if self.data == STDLIB and self.document:
+            raise ValueError("`data: stdlib` has documents of its own; leave `document` out.")
+        return self
+
+    def file(self) -> Path | None:
+        """See `Options.file`."""
+        return Path(sysconfig.get_path("stdlib")) if self.data == STDLIB else super().file()
+
+    def data_fingerprint(self) -> str | None:
+        """See `Options.data_fingerprint`."""
+        return Stdlib().fingerprint() if self.data == STDLIB else super().data_fingerprint()
 
     def items(self, file: Path) -> list[Item]:
         """See `Options.items`; also refuses fewer texts than a search finds."""
-        items = super().items(file)
+        if self.data == STDLIB:
+            items = draw(list(_paragraphs()), self.num_items, self.seed, file)
+        else:
+            items = super().items(file)
         if len(items) <= self.num_neighbours:
             raise ValueError(
                 f"num_neighbours {self.num_neighbours} needs more texts than that to search in; got {len(items)}. "
@@ -59,20 +91,10 @@ class Embeddings(Options, frozen=True, extra="forbid"):
         """
         vectors: list[Floats] = []
         with subject.encoder() as (encoder, tokenizer):
-            name = next((name for name in ("sentence_embedding", "last_hidden_state") if name in encoder.answers), None)
-            if name is None:
-                raise ValueError(
-                    f"Embeddings need an encoder that gives hidden states; this one gives {', '.join(encoder.answers)}"
-                    ". Compile the model without its head."
-                )
-            texts = self.prompts(items)
-            for start in range(0, len(texts), BATCH_SIZE):
-                ids, mask = _padded(tokenizer, texts[start : start + BATCH_SIZE], encoder.max_length)
-                answer = encoder.encode(ids, mask)[name]
-                if answer.ndim == 3:
-                    answer = (answer * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
-                vectors.extend(answer.astype(np.float64))
-                report(len(vectors), len(texts), {})
+            for vector in embed(encoder, tokenizer, self.prompts(items)):
+                vectors.append(vector)
+                if len(vectors) % BATCH_SIZE == 0 or len(vectors) == len(items):
+                    report(len(vectors), len(items), {})
         for item, vector in zip(items, vectors, strict=True):
             if not np.isfinite(vector).all() or not vector.any():
                 raise ValueError(f"The embedding of line {item.line} of the data must be finite and not all zeros.")
@@ -94,6 +116,18 @@ class Embeddings(Options, frozen=True, extra="forbid"):
         return {"retrieval_agreement": f"{self.num_neighbours} nearest by cosine, among all texts of the data"}
 
 
+def _paragraphs() -> Iterator[Item]:
+    """Paragraphs of prose, each once; those of one module or chapter are of one document."""
+    seen: set[str] = set()
+    for number, document in enumerate(Stdlib().documents()):
+        for paragraph in re.split(r"\n\s*\n", document.text):
+            text = " ".join(paragraph.split())
+            words = len(text.split())
+            if PROSE.fullmatch(text) and MIN_WORDS <= words <= MAX_WORDS and text not in seen:
+                seen.add(text)
+                yield Item(len(seen), {"text": text, "name": document.name}, number)
+
+
 def nearest(unit: Floats, num_neighbours: int) -> NDArray[np.int64]:
     """[N, num_neighbours]: of each row of `unit` [N, features], length 1, the rows most similar to it but itself."""
     similarity = unit @ unit.T
@@ -105,15 +139,3 @@ def nearest(unit: Floats, num_neighbours: int) -> NDArray[np.int64]:
 def _unit(vectors: list[Any]) -> Floats:
     matrix = np.asarray([list(vector) for vector in vectors], np.float64)
     return np.asarray(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), np.float64)
-
-
-def _padded(tokenizer: Any, texts: list[str], longest: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids and mask [batch, length] of texts, shorter ones padded behind, longer ones cut."""
-    rows = tokenizer(texts, truncation=longest is not None, max_length=longest)["input_ids"]
-    for text, row in zip(texts, rows, strict=True):
-        if not row:
-            raise ValueError(f"A text must have at least one token; {text!r:.60} has none.")
-    width = max(len(row) for row in rows)
-    mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int64)
-    ids = np.array([row + [0] * (width - len(row)) for row in rows], np.int64)
-    return ids, mask

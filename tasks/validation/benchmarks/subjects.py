@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.calibration.exported_families import ENCODER_DECODERS, ENCODERS, is_exported
 from tasks.engines.text import OnToken, Runtime, Sampling, TextGenerator, Work
-from tasks.quantization.exported_checkpoint import ENCODER_DECODERS, ENCODERS, is_exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ class Subject:
         from tasks.quantization.exported_checkpoint import read_checkpoint
 
         torch.set_num_threads(self.threads)
-        return PyTorchEncoder(read_checkpoint(self.path), read_pooling(self.path))
+        return PyTorchEncoder(read_checkpoint(self.path, attention=None), read_pooling(self.path))
 
     def _bundle_encoder(self) -> "Encoder":
         from tasks.engines.compiling import read_manifest

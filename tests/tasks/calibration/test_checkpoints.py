@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -588,3 +589,69 @@ def test_every_family_is_imported_as_it_is(family_checkpoint: Callable[..., Path
     tokens = torch.arange(24)[None]
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_an_encoder_of_hidden_states_alone_comes_with_its_pooling_from_a_zip_file_in_a_package(
+    transformer_checkpoint: Callable[[str], Path],
+    save_words: Callable[..., None],
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, package = tmp_path / "source", tmp_path / "packages" / "tiny_weights"
+    shutil.copytree(transformer_checkpoint("BertModel"), source)
+    weights = {name: value for name, value in load_file(source / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    pooling = [{"path": "", "type": "models.Transformer"}, {"path": "1_Pooling", "type": "models.Pooling"}]
+    (source / "modules.json").write_text(json.dumps([*pooling, {"path": "../elsewhere", "type": "models.Normalize"}]))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    save_words(source)
+    package.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    with zipfile.ZipFile(package / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in (file for file in source.rglob("*") if file.is_file()):
+            archive.write(file, file.relative_to(source))
+    monkeypatch.syspath_prepend(package.parent)
+    name = "package:tiny_weights/model.zip"
+    num_parameters = sum(value.numel() for value in weights.values())
+    assert estimate(name).num_parameters == num_parameters
+    summary = import_checkpoint(source=name, out=out)
+    assert (summary.kind, summary.architecture, summary.num_parameters) == ("encoder", "BertModel", num_parameters)
+    assert (out / "1_Pooling" / "config.json").exists()
+    assert not (out.parent / "elsewhere" / "1_Pooling").exists()
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "kind"), [("T5ForConditionalGeneration", "encoder-decoder"), ("DistilBertForMaskedLM", "encoder")]
+)
+def test_models_of_other_kinds_are_imported_as_their_own_class(
+    class_name: str,
+    kind: str,
+    transformer_checkpoint: Callable[[str], Path],
+    save_words: Callable[..., None],
+    tmp_path: Path,
+    out: Path,
+) -> None:
+    from tasks.quantization.exported_checkpoint import read_checkpoint
+
+    source = Path(shutil.copytree(transformer_checkpoint(class_name), tmp_path / "source"))
+    save_words(source)
+    summary = import_checkpoint(source=str(source), out=out)
+    assert (summary.kind, summary.architecture) == (kind, class_name)
+    before, after = (dict(read_checkpoint(path).model.named_parameters()) for path in (source, out))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+
+
+def test_a_class_that_is_not_compiled_is_refused_when_it_is_imported(
+    transformer_checkpoint: Callable[[str], Path], tmp_path: Path, out: Path
+) -> None:
+    source = Path(shutil.copytree(transformer_checkpoint("BertForMaskedLM"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["BertLMHeadModel"]}))
+    (source / "vocab.txt").write_text("w0\n")
+    with pytest.raises(ValueError, match=r"must be one of BertModel, .* says BertLMHeadModel"):
+        import_checkpoint(source=str(source), out=out)

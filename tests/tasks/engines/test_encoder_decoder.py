@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.engines.encoder_decoder import EncoderDecoderSession, Greedy, choose, compare_with_pytorch, read_greedy
+from tasks.engines.encoder_decoder import (
+    EncoderDecoderSession,
+    Greedy,
+    PyTorchEncoderDecoder,
+    choose,
+    compare_with_pytorch,
+    read_greedy,
+)
 from tasks.engines.exported import load_exported, write_graphs
 
 FLOAT32_ERROR = 2e-4  # T5's logits are up to 30; float32 sums in another order
@@ -44,6 +51,30 @@ def session(exported: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
 
 def up_to_end(row: list[int], eos: int) -> list[int]:
     return row[: row.index(eos) + 1] if eos in row else row
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_the_same_token_by_token_in_an_engine_and_in_pytorch_with_its_caches(
+    model: str, session: Callable[..., EncoderDecoderSession], exported: Callable[..., Any]
+) -> None:
+    found = exported(model)
+    input_ids, _ = batch()
+    config = json.loads((found.checkpoint / "config.json").read_text())
+    greedy = read_greedy(found.checkpoint, config)
+    ours, theirs = session(model, "onnxruntime"), PyTorchEncoderDecoder(found.source, greedy)
+    tokens = np.full((len(input_ids), 1), greedy.decoder_start_token_id)
+    logits = [ours.prefill(input_ids)[:, -1], theirs.prefill(input_ids)[:, -1]]
+    for step in range(3):
+        with torch.inference_mode():  # all of it again, without a cache
+            out = found.source.model(
+                input_ids=torch.from_numpy(input_ids), decoder_input_ids=torch.from_numpy(tokens), use_cache=False
+            )
+        expected = out.logits[:, -1].numpy()
+        for each in logits:
+            np.testing.assert_allclose(each, expected, atol=FLOAT32_ERROR)
+        chosen = np.random.default_rng(step).integers(3, 90, len(input_ids))
+        tokens = np.concatenate([tokens, chosen[:, None]], axis=1)
+        logits = [ours.decode(chosen), theirs.decode(chosen)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

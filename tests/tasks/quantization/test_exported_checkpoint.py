@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tasks.calibration.exported_families import is_exported
 from tasks.quantization import Grid, RoundToNearest
 from tasks.quantization.exported import quantize_exported
-from tasks.quantization.exported_checkpoint import is_exported, read_checkpoint
+from tasks.quantization.exported_checkpoint import read_checkpoint
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from tasks.engines.encoder import encode_timed
 from tasks.engines.generation import generate_timed
 from tasks.validation.energy import Meter
 from tasks.validation.latency import (
@@ -21,10 +22,12 @@ from tasks.validation.latency import (
     Subject,
     Timings,
     _control,
+    _write_repetitions,
     detectable_percent,
     judge_noise,
     measure_speed,
     measured,
+    read_groups,
     summarize,
 )
 from tasks.validation.latency_worker import LatencyWorker
@@ -399,3 +402,74 @@ def test_subjects_end_when_their_parent_is_killed():
             return
         time.sleep(0.05)
     pytest.fail("the subject outlived its parent by ten seconds")
+
+
+ENCODER = Speed(prompt_tokens=20, new_tokens=0, batch_sizes=(1, 4), num_blocks=6, num_batch_blocks=6)
+
+
+def answers(answer_s: float, *, seed: int = 0, group: int = 0) -> Timings:
+    """Of an encoder: one time per batch; four sequences take three times as long as one."""
+    slow = 1 + np.random.default_rng(seed).normal(0, 0.01, 6)
+    batches = {size: [[factor * answer_s * each] for each in slow] for size, factor in ((1, 1), (4, 3))}
+    return Timings(load_s=1.0, size_bytes=10, group=group, peak_memory_mib=9.0, batches=batches, tokens_read=20)
+
+
+def encoders() -> dict[str, Timings]:
+    return {
+        "original": answers(0.1),
+        CONTROL: answers(0.1, seed=1),
+        "float": answers(0.06, seed=2),
+        "int8": answers(0.05, seed=3),
+    }
+
+
+def test_an_encoder_has_latency_and_what_it_reads_per_second_and_no_times_per_token():
+    subjects = [Subject(name="float", bundle="."), Subject(name="int8", bundle=".", baseline="float")]
+    summary = summarize([encoders()], subjects, ENCODER, threads=1, elapsed_s=1)
+    int8 = summary.subjects["int8"]
+    assert int8.ttft_ms is int8.tpot_ms is int8.inter_token_ms is summary.control.tpot_ratio is None
+    assert int8.time_ms == int8.latency_ms
+    assert int8.latency_ms.p50.value == pytest.approx(50, rel=0.02)
+    assert int8.throughput[4].tokens_per_s.value == pytest.approx(4 * 20 / 0.15, rel=0.02)
+    assert int8.throughput[1].ratio_to_baseline.value == pytest.approx(1.2, rel=0.02)
+    assert "ratios of throughput" in summary.noise
+    assert "TTFT" not in summary.noise
+    figures = measured(summary, "int8")
+    assert figures["samples_per_s.batch_4"].value.value == pytest.approx(4 / 0.15, rel=0.02)
+    assert figures["samples_per_s.batch_4"].original == pytest.approx(4 / 0.3, rel=0.02)
+    assert figures["latency_ms.p90.batch_4"].degradation_percent.value == pytest.approx(-50, rel=0.05)
+    assert "ttft_ms.p50.batch_1" not in figures
+    names = {metric.name for metric in ENCODER.metrics()}
+    assert {figure.split(".")[0] for figure in figures} <= names
+    assert not {"ttft_ms", "tpot_ms"} & names
+
+
+def test_an_encoders_repetitions_are_read_again_as_they_were(tmp_path):
+    group = encoders()
+    summary = summarize([group], [], ENCODER, threads=1, elapsed_s=1)
+    _write_repetitions([group], tmp_path / "repetitions.parquet")
+    (again,) = read_groups(tmp_path, summary)
+    assert again["int8"].tokens_per_s(4).tolist() == group["int8"].tokens_per_s(4).tolist()
+    assert again["int8"].latency_ms().tolist() == group["int8"].latency_ms().tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "new_tokens", "fits"),
+    [("encoder", 0, True), ("encoder", 8, False), ("decoder", 8, True), ("encoder-decoder", 0, False)],
+)
+def test_new_tokens_are_of_what_writes(kind, new_tokens, fits):
+    assert (Speed(new_tokens=new_tokens).misfit(kind) is None) == fits
+
+
+@pytest.mark.parametrize(("class_name", "new_tokens"), [("BertModel", 0), ("T5ForConditionalGeneration", 3)])
+def test_originals_of_other_kinds_are_timed_in_pytorch(class_name, new_tokens, transformer_checkpoint):
+    from tasks.validation.latency_worker import load
+
+    kind, session = load(transformer_checkpoint(class_name), original=True, threads=1)
+    ids = np.random.default_rng(0).integers(3, 90, (2, 12))
+    assert Speed(new_tokens=new_tokens).misfit(kind) is None
+    if kind == "encoder":
+        assert encode_timed(session, ids) > 0
+    else:
+        assert len(generate_timed(session, ids, new_tokens)) == new_tokens
+    session.close()

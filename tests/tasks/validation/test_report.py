@@ -1,4 +1,5 @@
 import html.parser
+import io
 from datetime import UTC, datetime
 
 import numpy as np
@@ -492,3 +493,77 @@ def test_intervals_have_the_digits_their_width_supports():
 @pytest.mark.parametrize(("seconds", "shown"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (4000, "1 h 6 min")])
 def test_durations_read_as_people_say_them(seconds, shown):
     assert duration(seconds) == shown
+
+
+@pytest.fixture
+def encoders(data) -> ReportData:
+    """The page of an encoder: one task, no perplexity, latency of sequences."""
+    options = Speed(prompt_tokens=64, new_tokens=0)
+    tasks = [
+        Metric(name=f"texts.{name}", title=name, unit="", better="higher", aspect="quality", largest=1.0,
+               option="validation.tasks.texts", compared=False)
+        for name in ("cosine", "agreement")
+    ]  # fmt: skip
+    metrics = by_name([*options.metrics(), *tasks])
+    limits = Limits.model_validate({"texts.agreement": {"min": 0.9}})
+
+    def timed(answer_s: float) -> Timings:
+        batches = {size: [[size * answer_s * slow] for slow in (1, 1.01, 0.99, 1.02, 0.98)] for size in (1, 8)}
+        return Timings(load_s=1.0, size_bytes=10, group=0, peak_memory_mib=300.0, batches=batches, tokens_read=64)
+
+    group = {name: timed(s) for name, s in (("original", 0.02), ("original (control)", 0.02), ("int8/openvino", 0.01))}
+    speed = summarize([group], [], options, threads=2, elapsed_s=60.0)
+    agreement = {"texts.cosine": exactly(0.998), "texts.agreement": exactly(0.95)}
+    figures = measured_speed(speed, "int8/openvino") | {
+        name: Measured(value=value) for name, value in agreement.items()
+    }
+    row = Row(
+        name="int8/openvino",
+        candidate="int8",
+        engine="OpenVINO float32",
+        size_bytes=24 * MIB,
+        parity=Parity(max_abs_error=0.04, min_cosine=0.9971),
+        figures=figures,
+        judgement=judge(limits, figures, metrics),
+    )
+    spread = Distribution(subject="int8/openvino", metric="latency_ms", num=5, values=(9.8, 9.9, 10.0, 10.1, 10.2))
+    told = {"reference": None, "rows": (row,), "speed": speed, "metrics": metrics, "distributions": (spread,)}
+    return data.model_copy(update={**told, "quantized": (), "curves": ()})
+
+
+def test_the_page_of_an_encoder_shows_what_there_is_and_no_empty_columns(encoders, tmp_path):
+    page = page_of(encoders, tmp_path)
+    for word in ("perplexity", "TTFT", "TPOT", "top-1", "tokens/s batch", "KL", "None"):
+        assert word not in page.text, word
+    for words in (
+        "sequences of 64 tokens",
+        "latency of one sequence, ms",
+        "latency of a batch of 8",
+        "textscosine",  # a line break between them
+        "least cosine 0.9971",
+        "upper left corner",
+        "the sequences per second at batch size 1",
+        "0.95",
+    ):
+        assert words in page.text, words
+    assert page.depth == []
+
+
+def test_quality_of_an_encoder_is_that_of_its_limited_task_and_more_is_better(encoders):
+    original, int8 = lines(encoders)
+    assert (original.quality, int8.quality) == (1.0, 0.95)  # the original agrees with itself
+    assert original.on_front
+    assert int8.on_front  # smaller and faster
+
+
+def test_the_terminal_and_the_card_of_an_encoder(encoders, tmp_path):
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(terminal_table(encoders))
+    said = console.export_text()
+    assert "samples/s" in said
+    assert "TPOT" not in said
+    assert "perplexity" not in said.lower()
+    card = ModelCard(model_card(encoders, encoders.rows[0])).data
+    assert card.pipeline_tag == "feature-extraction"
+    assert {result.metric_type for result in card.eval_results} == {"texts.cosine", "texts.agreement"}
+    assert {path.name for path in draw(encoders, tmp_path)} >= {"pareto-time.png", "latency-latency_ms.png"}

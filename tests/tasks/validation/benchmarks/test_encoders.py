@@ -16,21 +16,14 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture(scope="module")
-def compiled(transformer_checkpoint, tmp_path_factory):
+def compiled(transformer_checkpoint, save_words, tmp_path_factory):
     """Makes (checkpoint, bundle) of a class, with a tokenizer of as many words as the models have."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from tasks.engines.compiling import compile_engine
-
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(96)}, unk_token="w9"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w9", eos_token="w1", pad_token="w0")
 
     def make(class_name):
         checkpoint, out = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("bundle")
         shutil.copytree(transformer_checkpoint(class_name), checkpoint, dirs_exist_ok=True)
-        tokenizer.save_pretrained(checkpoint)
+        save_words(checkpoint, eos_token="w1")
         engine = OnnxRuntime(precision="float32", activations="float32")
         compile_engine(checkpoint=checkpoint, data=None, engine=engine, threads=1, out=out)
         return checkpoint, out
