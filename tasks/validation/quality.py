@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 GROUP = 64
 """Tokens of a vocabulary that are searched together for the likeliest."""
-ROWS_PER_CHUNK = 64
-"""Positions whose log-softmax is held at once: 64 of 150 000 tokens are 38 MiB."""
+ROWS_PER_CHUNK = 16
+"""Positions whose log-softmax is held at once: little enough for a processor's cache."""
 MAX_REFERENCE_BYTES = 128 * 2**20
 """Bound of the original's stored log-probabilities, 4 bytes per vocabulary entry and position."""
 GREEDY = "greedy_match_tokens"
@@ -468,7 +468,6 @@ def _scores(
     """Scores of every window in turn; the logits of one are held at a time."""
     import torch
 
-    torch.set_num_threads(threads)
     num_windows, window = evaluation.tokens.shape
     if session.max_length < window:
         raise ValueError(
@@ -482,7 +481,9 @@ def _scores(
         )
     total_nll = 0.0
     for index, tokens in enumerate(evaluation.tokens):
+        torch.set_num_threads(threads)  # of the original, which PyTorch runs
         logits = session.prefill(tokens[None].astype(np.int64), num_logits=window)[0]
+        torch.set_num_threads(1)  # an engine's threads spin for a while after their work; two of ours beside them wait
         try:
             scores = score_window(logits[:-1], tokens[1:], positions[positions[:, 0] == index, 1])
         except ValueError as error:
