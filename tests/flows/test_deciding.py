@@ -11,11 +11,21 @@ from flows.deciding import decide, undecided
 from flows.judging import quality_of_all
 from flows.pipeline import ORIGINAL, Products
 from flows.recipe import Recipe, parse
+from infra.artifacts import publish
 from infra.isolation import StageCrashed
+from infra.settings import settings
 from tasks.validation.quality import summarize
 from tasks.validation.verdicts import Check, conclude
 
 ENGINE = {"engine": "onnxruntime", "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
 
 
 def items(loss_percent: float, *, first_document: int, num: int = 8, spread: float = 0.03) -> pd.DataFrame:
@@ -43,7 +53,7 @@ def measured(directory: Path, losses: pd.DataFrame) -> SimpleNamespace:
     directory.mkdir(parents=True)
     losses.to_parquet(directory / "items.parquet", index=False)
     metrics = summarize(losses, seed=0).model_dump(mode="json")
-    return SimpleNamespace(artifact=SimpleNamespace(path=directory, size_bytes=100), metrics=metrics, elapsed_s=10.0)
+    return SimpleNamespace(artifact=publish(directory), metrics=metrics, elapsed_s=10.0)
 
 
 CHECKPOINT = {"architecture": "L", "num_parameters": 1, "size_bytes": 400, "vocab_size": 9, "num_layers": 1,
