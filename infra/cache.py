@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ class Cache:
             except FileExistsError:
                 draft = file.with_name(f"{file.name}.link")
                 draft.hardlink_to(blob)
+                replaced = file.open("rb", buffering=0)
                 draft.replace(file)
+                # The room of a large file is given back when it is closed, which takes a while: nobody waits for that.
+                threading.Thread(target=replaced.close).start()
                 draft.unlink(missing_ok=True)  # a rename onto another link to the same file does nothing
         self._place(directory, sha256, manifest, whole)
 

@@ -29,8 +29,8 @@ PART = 5 * MIB
 """The smallest that S3 takes."""
 NUM_PARTS = 6
 SIZE = NUM_PARTS * PART - 1000
-CUT_S = 2.0
-"""The same path as 30 s take; `test_the_store_is_away_for_half_a_minute` takes them."""
+CUT_S = float(os.environ.get("CUT_S", "2"))
+"""For how long the store is away. Half a minute: CUT_S=30 pytest -k survives tests/infra/test_store_faults.py"""
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +98,8 @@ class Once:
 # The store is away
 
 
-@pytest.mark.parametrize("for_s", [CUT_S, pytest.param(30.0, marks=pytest.mark.slow)])
-def test_an_upload_survives_a_cut_and_sends_no_finished_part_again(for_s, proxy, machine):
-    proxy.plan = _cut_when_done(proxy, 3, for_s)
+def test_an_upload_survives_a_cut_and_sends_no_finished_part_again(proxy, machine):
+    proxy.plan = _cut_when_done(proxy, 3, CUT_S)
     artifact = publish(directory(weights=weights(), config=b"{}"))
     assert proxy.down_until < time.monotonic()
     assert any(each.status == 0 for each in proxy.log if _part(each))
@@ -112,12 +111,11 @@ def test_an_upload_survives_a_cut_and_sends_no_finished_part_again(for_s, proxy,
     assert (fetch(artifact) / "weights").read_bytes() == weights()
 
 
-@pytest.mark.parametrize("for_s", [CUT_S, pytest.param(30.0, marks=pytest.mark.slow)])
-def test_a_download_survives_a_cut_and_goes_on_where_it_was(for_s, proxy, machine):
+def test_a_download_survives_a_cut_and_goes_on_where_it_was(proxy, machine):
     artifact = publish(directory(weights=weights()))
     machine("second")
     proxy.log.clear()
-    proxy.plan = Once(Cut(for_s, after_bytes=3 * MIB), "GET", skip=1)
+    proxy.plan = Once(Cut(CUT_S, after_bytes=3 * MIB), "GET", skip=1)
     assert (fetch(artifact) / "weights").read_bytes() == weights()
     assert proxy.down_until < time.monotonic()
     assert proxy.received_bytes("/blobs/") < SIZE + NUM_PARTS * 2 * MIB  # what was in buffers of the system is lost
