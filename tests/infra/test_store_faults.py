@@ -145,14 +145,16 @@ def test_a_download_that_gives_up_says_so_and_is_gone_on_with(proxy, machine):
     artifact = publish(directory(weights=weights()))
     machine("second", SLIMLINE_S3_RETRY_S="0.5")
     proxy.log.clear()
-    proxy.plan = Once(Cut(60, after_bytes=3 * MIB), "GET", skip=4)
+    proxy.plan = _cut_when_done(proxy, 3, of=_range)
     with pytest.raises(ConnectionError, match=r"The S3 endpoint http.* cannot be reached .* Check"):
         fetch(artifact)
     assert not artifact.path.exists()
-    received = proxy.received_bytes("/blobs/")
+    finished = {range_ for each in proxy.log if each.received_bytes == PART for range_ in _range(each)}
+    assert len(finished) >= 3
+    proxy.log.clear()
     proxy.recover()
     assert (fetch(artifact) / "weights").read_bytes() == weights()
-    assert proxy.received_bytes("/blobs/") < SIZE + received  # some parts were kept
+    assert not finished & {range_ for each in proxy.log for range_ in _range(each)}
 
 
 # The store is unwell
@@ -266,7 +268,7 @@ def test_a_disk_that_is_full_while_publishing_is_named_and_the_same_directory_is
     (tmp_path / "small").mkdir()
     ran = _on_small_disk(small_disk, tmp_path / "small", "publish")
     assert "The disk is full" in ran[0]
-    assert re.fullmatch(r"left \['scratch/\w+/config'\]", ran[1])
+    assert re.fullmatch(r"left \['scratch/[^/]+/config'\]", ran[1])
     assert ran[2].startswith("done ")
     assert "manifest.json" in ran[3]
 
@@ -330,24 +332,31 @@ def test_a_killed_reader_leaves_no_half_of_an_artifact_and_the_next_fetches_only
     assert proxy.received_bytes("/blobs/") < SIZE
 
 
-def _cut_when_done(proxy: FaultProxy, num_parts: int, for_s: float = 60) -> Callable[[Exchange], Fault]:
-    """Lets so many parts be sent, waits until they are there, and cuts the next off; nothing happens to others."""
+def _cut_when_done(
+    proxy: FaultProxy, num_parts: int, for_s: float = 60, of: Callable[[Exchange], set[str]] | None = None
+) -> Callable[[Exchange], Fault]:
+    """Lets so many parts pass, waits until they are there, and cuts the others off; nothing happens to later ones."""
+    which = of or _part
     turn = threading.Lock()
     count = [0]
 
     def plan(exchange: Exchange) -> Fault:
-        if not _part(exchange):
+        if not which(exchange) or proxy.down_until:
             return None
         with turn:
             count[0] += 1
-            if count[0] != num_parts + 1:
+            if count[0] <= num_parts:
                 return None
-            while sum(each.status == 200 for each in proxy.log if _part(each)) < num_parts:
+            while sum(_is_done(each) for each in proxy.log if which(each)) < num_parts:
                 time.sleep(0.01)
-            time.sleep(0.2)  # until their sender knows, too
-        return Cut(for_s, of="body")
+            time.sleep(0.2)  # until the other side knows, too
+        return Cut(for_s, of="answer" if exchange.method == "GET" else "body")
 
     return plan
+
+
+def _is_done(exchange: Exchange) -> bool:
+    return exchange.received_bytes == PART if exchange.method == "GET" else exchange.status == 200
 
 
 def _one_part_at_a_time(method: str) -> Callable[[Exchange], Fault]:
@@ -392,6 +401,11 @@ def _part(exchange: Exchange) -> set[str]:
     """The number of the part that is sent, if one is."""
     pairs = dict(pair.partition("=")[::2] for pair in exchange.query.split("&"))
     return {pairs["partNumber"]} if exchange.method == "PUT" and "partNumber" in pairs else set()
+
+
+def _range(exchange: Exchange) -> set[str]:
+    """The range of a blob that is asked for, if one is."""
+    return {exchange.headers["range"]} if exchange.method == "GET" and "/blobs/" in exchange.path else set()
 
 
 # Others
