@@ -15,7 +15,7 @@ from flows.pipeline import ORIGINAL, begin, import_original, make
 from flows.recipe import Recipe
 from flows.resources import ON_GPU
 from flows.running import Runner
-from infra.cluster import call_everywhere
+from infra.cluster import call_everywhere, require_answer
 from infra.console import console
 from infra.settings import prepare_environment, settings, shared_environment
 from infra.tracking import Parent
@@ -34,6 +34,7 @@ def fan_out(recipe: Recipe, run: Runner) -> None:
     address = settings().ray_address
     if not address:
         return
+    require_answer(address)
     begin(recipe, import_original(recipe, run), run)
     names = (ORIGINAL, *recipe.candidates)
     with get_client(sync_client=True) as prefect:

@@ -1,6 +1,7 @@
 """Calls of functions on the nodes of a Ray cluster; those on a node that dies are made again on another."""
 
 import logging
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from infra.failures import InfrastructureError
 
 ROOT = Path(__file__).parents[1]
+CONNECT_S = 10.0
 MAX_RETRIES = 5
 """Of a call whose node or process died."""
 
@@ -50,10 +52,7 @@ def call_everywhere(
             logging_level=logging.ERROR,
         )
     except ConnectionError as error:
-        raise InfrastructureError(
-            f"No Ray cluster answers at SLIMLINE_RAY_ADDRESS={address}: {error}. Start it (`ray start --head`), or "
-            "unset the variable."
-        ) from None
+        raise _silent(address, error) from None
     try:
         remote = ray.remote(max_retries=MAX_RETRIES)(function)
         waiting = {
@@ -69,3 +68,25 @@ def call_everywhere(
                 raise InfrastructureError(f"{name} could not be made on the cluster: {error}") from error
     finally:
         ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself goes on asking for minutes.
+
+    Raises:
+        InfrastructureError: nobody does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():  # "auto" and "local", which name no machine
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise _silent(address, error) from None
+
+
+def _silent(address: str, error: Exception) -> InfrastructureError:
+    return InfrastructureError(
+        f"No Ray cluster answers at SLIMLINE_RAY_ADDRESS={address}: {error}. Start it (`ray start --head`), or unset "
+        "the variable."
+    )
