@@ -18,7 +18,7 @@ from flows.running import Runner
 from infra.cluster import call_everywhere, require_answer
 from infra.console import console
 from infra.settings import prepare_environment, settings, shared_environment
-from infra.tracking import Parent
+from infra.tracking import Parent, kill_running_children
 
 
 def fan_out(recipe: Recipe, run: Runner) -> None:
@@ -53,6 +53,7 @@ def fan_out(recipe: Recipe, run: Runner) -> None:
         console.print(f"  [green]made[/]  {name} on {node}")
         for failure in failures:
             console.print(f"    failed there: {failure}", markup=False, soft_wrap=True)
+    kill_running_children(run.parent)  # of nodes that died
 
 
 def make_one(name: str, recipe_json: str, parent_json: str) -> tuple[str, list[str]]:

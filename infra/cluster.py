@@ -38,6 +38,7 @@ def call_everywhere(
     """
     try:
         import ray
+        import ray.exceptions as died
     except ImportError:
         raise InfrastructureError(
             "SLIMLINE_RAY_ADDRESS is set, and Ray is not installed. Install the extra 'ray', or unset the variable."
@@ -64,7 +65,7 @@ def call_everywhere(
             name = waiting.pop(ready)
             try:
                 yield name, ray.get(ready)
-            except ray.exceptions.RaySystemError as error:
+            except (died.RaySystemError, died.WorkerCrashedError, died.NodeDiedError) as error:
                 raise InfrastructureError(f"{name} could not be made on the cluster: {error}") from error
     finally:
         ray.shutdown()

@@ -292,7 +292,7 @@ def start_flow(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Paren
     _close_dead_flows(experiment)
     parent = _find_flow(experiment, tags.get("prefect.flow_run_id"))
     if parent is not None:
-        _kill_running_children(parent)
+        kill_running_children(parent)
         client().update_run(parent.run_id, status="RUNNING")
         _set_tags(parent.run_id, tags)
         return parent
@@ -438,12 +438,13 @@ def _close_dead_flows(experiment: str) -> None:
         host, pid, started_at = run.data.tags.get("slimline.process", "? 0 0").split(" ")
         if host != socket.gethostname() or services.ProcessId(pid=int(pid), started_at=float(started_at)).alive():
             continue
-        _kill_running_children(Parent(run_id=run.info.run_id, experiment=experiment))
+        kill_running_children(Parent(run_id=run.info.run_id, experiment=experiment))
         _set_tags(run.info.run_id, {"error": "The process of this run died without a word."})
         client().set_terminated(run.info.run_id, "KILLED")
 
 
-def _kill_running_children(parent: Parent) -> None:
+def kill_running_children(parent: Parent) -> None:
+    """Mark the attempts that still count as running KILLED: for when nothing runs any more."""
     query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent.run_id}'"
     for run in _search([parent.experiment], query):
         _set_tags(run.info.run_id, {"error": "The process of this attempt died without a word."})
