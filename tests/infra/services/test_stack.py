@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import boto3
 import psutil
@@ -51,15 +52,16 @@ earlier()
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory):
-    where = tmp_path_factory.mktemp("home").resolve()
-    (where / "deployed.py").write_text(DEPLOYED)
-    with pytest.MonkeyPatch.context() as patch:
+def home():
+    # Not below pytest's own directory: every pytest that starts closes it to other users, and root's PostgreSQL is one
+    with TemporaryDirectory(prefix="slimline-home-") as directory, pytest.MonkeyPatch.context() as patch:
+        where = Path(directory).resolve()
+        (where / "deployed.py").write_text(DEPLOYED)
         patch.setenv("SLIMLINE_HOME", str(where))
         settings.cache_clear()
         yield where
+        kill(where)
     settings.cache_clear()
-    kill(where)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,7 @@ def test_when_a_child_dies_the_rest_ends_and_the_log_says_why(started, home):
 @pytest.mark.servers
 @pytest.mark.slow
 def test_down_finds_what_a_killed_supervisor_left(home):
+    down(home)
     found = up(home, database="postgres", deploy=deployed(home))
     assert json.loads(ask(f"{found.prefect_api_url}/work_pools/cpu")[1])["name"] == "cpu"
     assert tracking.experiment_ids() == []  # SQLite's runs stay with SQLite
