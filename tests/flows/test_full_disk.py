@@ -1,6 +1,7 @@
 """A disk that really fills up in the middle of a flow, and a home that nobody may write to."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def test_a_flow_whose_disk_fills_up_ends_with_what_is_free_and_leaves_nothing_ha
     ran = small_disk(home, "40m", *command, SLIMLINE_HOME=str(home), COLUMNS="200", PYTHONPATH=str(ROOT))
     said = ran.stdout.splitlines()
     assert "exit code 1" in said, ran.stderr
-    assert "error original/onnxruntime compile could not be finished. The disk is full" in ran.stderr
+    # Compiling, as a rule; on a slow machine the databases grow, and the stage before it finds no room.
+    assert re.search(r"error original\S* [a-z-]+ could not be finished\. The disk is full", ran.stderr), ran.stderr
     assert f"MiB are free at {home}" in ran.stderr
     assert "REJECT" not in ran.stdout
     assert "Traceback" not in ran.stderr
