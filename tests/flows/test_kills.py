@@ -11,9 +11,9 @@ from tests.flows.kills import ROOT, Lane, recipe
 
 def test_runs_that_are_killed_complete_and_leave_nothing_amiss(tiny_checkpoint, tmp_path):
     lane = Lane(tmp_path / "home", tiny_checkpoint, seed=1)
-    found = lane.disturb(kills=6)
-    assert found.kills.total() == 6
-    assert found.runs >= 2
+    found = lane.disturb(kills=3)
+    assert found.kills.total() == 3
+    assert found.runs >= 1
     assert found.stages > 0
     assert {name: faults for name, faults in found.faults().items() if faults} == {}, found.said()
 
