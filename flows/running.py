@@ -13,7 +13,7 @@ from flows.recipe import Recipe
 from flows.resources import needs
 from flows.retrying import Attempts, Retries
 from infra.artifacts import exists
-from infra.caching import cache_key, earlier_result, shared_results
+from infra.caching import cache_key, earlier_result, kept_result, shared_results
 from infra.console import console
 from infra.failures import InfrastructureError, explain
 from infra.isolation import StageError
@@ -72,7 +72,7 @@ class Runner:
             # Around the call: Prefect looks into its cache within, so whoever waited finds what the other made.
             with held_everywhere(key, say_who_runs_it) if key else nullcontext():
                 result, cached = self._call(task, attempts, {**arguments, "parent": self.parent, "label": label})
-                if key and (cached or earlier_result(task, arguments) is not None):  # Prefect may fail to keep it
+                if key and (cached or kept_result(task, arguments) is not None):  # Prefect may fail to keep it
                     forget(key)
         except StageError as error:
             console.print(f"  [red]failed[/] {title}: {escape(str(error))}", soft_wrap=True)

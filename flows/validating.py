@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ def _fit(content: dict[str, Any], bundle: Path) -> None:
         validation.setdefault("quality", None)
     if kind == "encoder" and validation.get("speed", {}) is not None:
         _put(content, ["validation", "speed", "new_tokens"], validation.get("speed", {}).get("new_tokens", 0))
+
+
+def command_of(bundle: str, against: str, recipe: str | None, options: Sequence[str]) -> str:
+    """What to paste into a shell to measure the same again."""
+    words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
+    return shlex.join([*words, *(word for option in options for word in ("--set", option))])
 
 
 def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -209,6 +209,18 @@ def earlier_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | Non
     Raises:
         ConnectionError: the store does not answer.
     """
+    from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
+
+    refreshed = PREFECT_TASKS_REFRESH_CACHE.value() if task.refresh_cache is None else task.refresh_cache
+    return None if refreshed else kept_result(task, arguments)
+
+
+def kept_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
+    """The result of an earlier call of `task` with `arguments`, or None if none is kept.
+
+    Raises:
+        ConnectionError: the store does not answer.
+    """
     key = cache_key(task, arguments)
     if not key:
         return None
