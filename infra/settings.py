@@ -67,7 +67,7 @@ class Settings(BaseSettings):
         description="Locked by all that run stages on this machine, so that timed ones run alone; containers share it.",
     )
     gpu_limit: str | None = Field(
-        None, min_length=1, description="Prefect concurrency limit of which stages on a GPU take a slot, e.g. gpu:90."
+        None, min_length=1, description="Prefect concurrency limit of which stages on a GPU take a slot, e.g. gpu-sm90."
     )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
