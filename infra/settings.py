@@ -9,10 +9,13 @@ import re
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "SLIMLINE_"
 MARKS = ("SLIMLINE_RUN", "SLIMLINE_SERVICES_OF")
@@ -101,14 +104,18 @@ def settings() -> Settings:
     try:
         found = Settings()
     except ValidationError as error:
-        problems = "; ".join(
-            f"SLIMLINE_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
+        problems = " ".join(_told(e) for e in error.errors())
         raise ValueError(f"The environment holds a setting that cannot be used: {problems}") from None
     return found.model_copy(update={"home": found.home.resolve()})
+
+
+def _told(problem: "ErrorDetails") -> str:
+    """The variable, what it holds, what is wrong with that, and what the setting is for."""
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    meant = Settings.model_fields[name].description or ""
+    return f"{PREFIX}{name.upper()}={problem['input']!r}: {problem['msg']}. {meant}".strip()
 
 
 def _refuse_unknown() -> None:
