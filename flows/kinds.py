@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from flows.recipe import Candidate, Recipe
 from tasks.calibration.checkpoints import model_type
-from tasks.calibration.exported_families import kind_of
+from tasks.calibration.exported_families import a_kind, kind_of
 from tasks.engines import label
 from tasks.engines.exported_bundle import cannot_compile
 from tasks.quantization.exported import cannot_quantize
@@ -22,7 +22,7 @@ def kind_obstacles(recipe: Recipe) -> list[str]:
     if family is None:
         return []
     kind, validation = kind_of(family), recipe.validation
-    what = f"the source is {'a' if kind == 'decoder' else 'an'} {kind} ({family})"
+    what = f"the source is {a_kind(kind)} ({family})"
     found = []
     if validation.speed and (problem := validation.speed.misfit(kind)):
         found.append(f"validation.speed: {problem}")

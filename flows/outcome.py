@@ -9,8 +9,8 @@ from rich.console import Console
 
 from infra.registry import Version
 from infra.tracking import tracking_uri
-from tasks.validation.report import Line, ReportData, lines, task_columns, terminal_table, writes
-from tasks.validation.statistics import Estimate, Percentiles
+from tasks.validation.report import ReportData, answer, lines, task_columns, terminal_table, time_columns
+from tasks.validation.statistics import Estimate
 from tasks.validation.verdicts import Verdict
 
 TABLE_WIDTH = 128
@@ -41,45 +41,32 @@ class Outcome(BaseModel, frozen=True):
                 found["winner.size_bytes"] = float(line.row.size_bytes)
             if line.perplexity:
                 found["winner.perplexity"] = line.perplexity.value
-            for name, times in _times(line).items():
-                found[f"winner.{name}"] = times.p50.value
+            for name in time_columns(self.data):
+                if times := line.time(name):
+                    found[f"winner.{name}"] = times.p50.value
             for metric in task_columns(self.data):
-                if measured := line.row.figures.get(metric.name):
-                    found[f"winner.{metric.name}"] = measured.value.value
+                if figure := answer(self.data, line, metric):
+                    found[f"winner.{metric.name}"] = figure.value
         return found
 
     def markdown(self) -> str:
         """The verdicts as a table for the Prefect page, and below it what they rest on, with the reasons."""
-        of_tasks = task_columns(self.data)
-        times = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms"} if writes(self.data) else {"latency_ms": "latency ms"}
+        of_tasks, times = task_columns(self.data), time_columns(self.data)
         answers = ["perplexity"] if self.data.reference else [metric.name for metric in of_tasks]
-        columns = ["candidate", "size MiB", *answers, *times.values(), "verdict"]
+        columns = ["candidate", "size MiB", *answers, *(f"{title} ms" for title in times.values()), "verdict"]
         rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for line in lines(self.data):
             verdict = line.row.judgement.verdict if line.row.judgement else line.row.status
             size_mib = f"{line.row.size_bytes / 2**20:.1f}" if line.row.size_bytes else ""
-            told = [_cell(line.perplexity)] if self.data.reference else []
-            for metric in of_tasks:
-                measured = line.row.figures.get(metric.name)
-                told.append(_cell(measured.value if measured else None))
-            known = _times(line)
-            told += [_cell(known[name].p50 if name in known else None) for name in times]
-            rows.append(f"| {' | '.join([line.row.name, size_mib, *told, verdict])} |")
+            told = [line.perplexity] if self.data.reference else [answer(self.data, line, each) for each in of_tasks]
+            told += [its.p50 if (its := line.time(name)) else None for name in times]
+            rows.append(f"| {' | '.join([line.row.name, size_mib, *map(_cell, told), verdict])} |")
         for row in self.data.rows:
             if row.judgement:
                 rows += ["", f"**{row.name}: {row.judgement.verdict}** {row.judgement.sentence}"]
             if row.diagnosis:
                 rows += [f"* {finding.sentence}" for finding in row.diagnosis.findings]
         return "\n".join(rows)
-
-
-def _times(line: Line) -> dict[str, Percentiles]:
-    """What was measured of a line's times: of what writes, to the first token and per token; of an encoder, latency."""
-    if line.speed is None:
-        return {}
-    of = {"tpot_ms": line.speed.tpot_ms, "ttft_ms": line.speed.ttft_ms}
-    found = {name: times for name, times in of.items() if times}
-    return found or ({"latency_ms": line.speed.latency_ms} if line.speed.latency_ms else {})
 
 
 def _cell(estimate: Estimate | None) -> str:

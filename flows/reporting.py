@@ -79,6 +79,7 @@ def report_data(
         elapsed_s=0.0,
         original_size_bytes=original_size_bytes(products),
         reference=ReferenceSummary.model_validate(products.reference.metrics) if products.reference else None,
+        kind=kind,
         rows=tuple(_rows(recipe, products, judgements, diagnoses, parent)),
         speed=speed_of_all(recipe, products),
         load=load_of(products),

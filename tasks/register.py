@@ -6,7 +6,7 @@ from infra import registry
 from infra.artifacts import fetch
 from infra.registry import Version
 from infra.tracking import Parent, StageResult
-from tasks.engines.embedding import is_encoder
+from tasks.calibration.exported_families import kind_at
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,5 +24,5 @@ def register(
         code_paths=[ROOT / "tasks"],
         tags=tags,
         description=description,
-        gives_vectors=is_encoder(fetch(bundle.artifact)),
+        gives_vectors=kind_at(fetch(bundle.artifact)) == "encoder",
     )

@@ -17,13 +17,13 @@ class Served(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the engine, on as many threads as tuning found or else on all cores this process may use."""
         from tasks.calibration.checkpoints import load_tokenizer
+        from tasks.calibration.exported_families import kind_at
         from tasks.engines.compiling import load_generator, num_cores, runnable
-        from tasks.engines.embedding import is_encoder
         from tasks.engines.exported_bundle import load_for
 
         bundle = Path(context.artifacts["bundle"])
         self.encoder: Any = None
-        if is_encoder(bundle):
+        if kind_at(bundle) == "encoder":
             self.encoder = load_for(bundle, runnable(bundle, verify=True).engine, threads=num_cores())
             self.tokenizer = load_tokenizer(bundle)
         else:

@@ -4,6 +4,8 @@ They are quantized as a whole and compiled through an exporter's graph. Encoders
 for texts; no perplexity is measured of either.
 """
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
@@ -26,6 +28,18 @@ def kind_of(model_type: str) -> Kind:
     if model_type in ENCODERS:
         return "encoder"
     return "encoder-decoder" if model_type in ENCODER_DECODERS else "decoder"
+
+
+def kind_at(directory: Path) -> Kind:
+    """What the model of a checkpoint, or of an engine bundle, does; of one without config.json, as a decoder."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return kind_of(str(config.get("model_type")))
+
+
+def a_kind(kind: Kind) -> str:
+    """The kind with its article."""
+    return f"{'a' if kind == 'decoder' else 'an'} {kind}"
 
 
 def is_exported(model_type: str) -> bool:

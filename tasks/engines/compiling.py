@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from tasks.calibration.architectures import ARCHITECTURES
 from tasks.calibration.checkpoints import copy_tokenizer, load_tokenizer, tokenizer_digest
-from tasks.calibration.exported_families import is_exported
+from tasks.calibration.exported_families import kind_at
 from tasks.calibration.memory import trim
 from tasks.calibration.packages import installed_versions
 from tasks.calibration.progress import Report, silent
@@ -122,7 +122,7 @@ def compile_engine(
     """
     if problem := engine.missing():
         raise ValueError(problem)
-    exported = _is_exported(checkpoint)
+    exported = kind_at(checkpoint) != "decoder"
     notes: tuple[str, ...] = ()
     if exported:
         compile_for(checkpoint, engine, out)
@@ -185,12 +185,6 @@ def _compare(
     return facts, parity
 
 
-def _is_exported(checkpoint: Path) -> bool:
-    """Whether a checkpoint's, or a bundle's, family is compiled through an exporter's graph."""
-    config = json.loads((checkpoint / "config.json").read_text()) if (checkpoint / "config.json").exists() else {}
-    return is_exported(str(config.get("model_type")))
-
-
 def _write_manifest(bundle: Path, manifest: Manifest) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
     partial = bundle / f"{MANIFEST}.partial"
@@ -210,7 +204,7 @@ def tune_bundle(*, bundle: Path, max_threads: int, options: Tuning | None = None
         ValueError: see `load_bundle` and `tuning.tune`.
     """
     manifest = runnable(bundle, verify=True)
-    if _is_exported(bundle):
+    if kind_at(bundle) != "decoder":
         raise ValueError(f"Settings are searched for decoders; {bundle} holds an encoder or encoder-decoder.")
     windows = _windows(bundle, None, PARITY_LENGTH)
     tuned = tune(
@@ -318,7 +312,7 @@ def load_bundle(bundle: Path, *, threads: int, verify: bool = True) -> "tuple[Se
     Raises:
         ValueError: a file was changed or lost, or this machine cannot run the engine.
     """
-    if _is_exported(bundle):
+    if kind_at(bundle) != "decoder":
         raise ValueError(
             f"{bundle} holds an encoder or encoder-decoder, which has no session of a decoder. Load it with "
             "tasks.engines.exported.load_exported; in recipes write `validation.quality: null`."
@@ -331,7 +325,7 @@ def load_original(path: Path, *, threads: int) -> "Session":
     """What candidates are compared with: a checkpoint in PyTorch and float32, or another engine bundle."""
     if (path / MANIFEST).exists():
         return load_bundle(path, threads=threads)[0]
-    if _is_exported(path):
+    if kind_at(path) != "decoder":
         raise ValueError(
             "Perplexity and agreement of next tokens are measured of decoders; this is an encoder or encoder-decoder. "
             "Write `validation.quality: null`, and a benchmark in validation.tasks."
@@ -362,7 +356,7 @@ def load_generator(
     if threads is None:
         threads = tuned_threads or num_cores()
     runtime: Runtime
-    if _is_exported(bundle):
+    if kind_at(bundle) != "decoder":
         if lookup or draft:
             raise ValueError("Tokens are proposed to decoders; this is an encoder-decoder. Leave lookup and draft out.")
         runtime = EncoderDecoderRuntime(load_for(bundle, manifest.engine, threads=threads))

@@ -1,25 +1,17 @@
 """Texts in, a vector of each out: what an encoder is asked for by search and clustering."""
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.calibration.exported_families import kind_of
 from tasks.engines.encoder import Encoder, Ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 16
-
-
-def is_encoder(bundle: Path) -> bool:
-    """Whether a bundle, or a checkpoint, gives vectors and no text."""
-    return kind_of(json.loads((bundle / "config.json").read_text(encoding="utf-8"))["model_type"]) == "encoder"
 
 
 def embed(

@@ -2,16 +2,17 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from tasks.engines.exported_graph import Pooling, encoder_answers, encoder_function, encoder_inputs
+from tasks.engines.exported_graph import Pooling, encoder_answers, encoder_function, encoder_inputs, read_pooling
 from tasks.engines.generation import without_garbage_collection
 from tasks.engines.graph_runner import GraphRunner
-from tasks.quantization.exported_checkpoint import ExportedCheckpoint
+from tasks.quantization.exported_checkpoint import ExportedCheckpoint, read_checkpoint
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -142,6 +143,14 @@ def checked_mask(input_ids: Ids, attention_mask: Ids | None, *, vocab_size: int,
 def _first_bad_row(mask: Ids) -> int:
     bad = ~np.isin(mask, (0, 1)).all(axis=1) | ~mask.any(axis=1)
     return int(bad.argmax())
+
+
+def load_pytorch_encoder(checkpoint: Path, *, threads: int) -> PyTorchEncoder:
+    """transformers' own model of a checkpoint, with the attention that transformers chooses."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return PyTorchEncoder(read_checkpoint(checkpoint, attention=None), read_pooling(checkpoint))
 
 
 def _checked_types(token_type_ids: Ids | None, input_ids: Ids, num_token_types: int) -> Ids:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tasks.calibration.checkpoints import TEMPLATES, TOKENIZER_FILES
+from tasks.calibration.exported_families import Kind, kind_at
 from tasks.calibration.progress import Report, silent
 from tasks.engines.card import CARD
 from tasks.engines.compiling import CONFIGS, MANIFEST, EngineSummary, runnable, settings_here
@@ -17,6 +18,7 @@ NOT_OF_THE_ENGINE = (*TOKENIZER_FILES, TEMPLATES, *CONFIGS, CARD, MANIFEST)
 class ImportedSummary(EngineSummary):
     """What is known of a bundle that was compiled elsewhere, or earlier."""
 
+    kind: Kind
     tuned: Tuned | None = Field(description="The settings it is loaded with; None: those it was compiled with.")
 
 
@@ -42,5 +44,6 @@ def import_bundle(*, bundle: Path, out: Path, report: Report = silent) -> Import
         engine_size_bytes=sum(size for name, size in sizes.items() if Path(name).parts[0] not in NOT_OF_THE_ENGINE),
         facts=manifest.facts,
         parity=None,
+        kind=kind_at(bundle),
         tuned=None if tuned_threads is None else manifest.tuned,
     )

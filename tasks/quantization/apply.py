@@ -1,6 +1,5 @@
 """Stage: a float checkpoint in, a compressed-tensors checkpoint out, one block or tensor in memory at a time."""
 
-import json
 import logging
 import math
 import shutil
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tasks.calibration.architectures import Architecture
 from tasks.calibration.checkpoints import copy_tokenizer
-from tasks.calibration.exported_families import is_exported
+from tasks.calibration.exported_families import kind_at
 from tasks.calibration.progress import Report, silent
 from tasks.calibration.tensor_files import Tensors, TensorWriter, refuse_not_finite
 from tasks.calibration.tokens import calibration_batches
@@ -80,7 +79,7 @@ def quantize_checkpoint(
             divide a layer; a pattern matches no layer, or everything is ignored; calibration is too short;
             `work_dir` belongs to other arguments; no choice of grids keeps the budget.
     """
-    if is_exported(str(json.loads((checkpoint / "config.json").read_text()).get("model_type"))):
+    if kind_at(checkpoint) != "decoder":
         return quantize_exported(checkpoint=checkpoint, method=method, out=out, report=report)
     if isinstance(method, FromSource) or not isinstance(method.weights, Mixed):
         return _quantize(checkpoint, data, method, {}, out, work_dir, report)

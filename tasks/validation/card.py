@@ -3,8 +3,16 @@
 It stands beside the bundle, in MLflow, because the bundle's own files are hashed and never changed.
 """
 
+from tasks.calibration.exported_families import Kind
 from tasks.validation.measured import metric_of
-from tasks.validation.report import TASKS, ReportData, Row, interval, number, writes
+from tasks.validation.report import TASKS, ReportData, Row, interval, number
+
+TASK_TYPES: dict[Kind, str] = {
+    "decoder": "text-generation",
+    "encoder": "feature-extraction",
+    "encoder-decoder": "text2text-generation",
+}
+"""As the hub names what models do."""
 
 
 def model_card(data: ReportData, row: Row) -> str:
@@ -16,9 +24,7 @@ def model_card(data: ReportData, row: Row) -> str:
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    task_type = (
-        ("text-generation" if data.reference else "text2text-generation") if writes(data) else "feature-extraction"
-    )
+    task_type = TASK_TYPES[data.kind]
     results = [
         EvalResult(
             task_type=task_type,

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from tasks.calibration.architectures import ARCHITECTURES
-from tasks.calibration.exported_families import is_exported
+from tasks.calibration.exported_families import kind_at, kind_of
 from tasks.calibration.progress import Report, silent
 from tasks.engines.operators import Operators, read_operators
 from tasks.engines.processor import cpuinfo
@@ -129,7 +129,7 @@ def examine(
     engine, tuned_threads = settings_here(bundle, read_manifest(bundle))
     windows = load_tokens(data, "evaluation")[:NUM_WINDOWS, :MAX_LENGTH].astype(np.int64)
     operators = None
-    if not is_exported(_family(bundle)):
+    if kind_at(bundle) == "decoder":
         operators = read_operators(bundle, engine, windows[:1, :PROMPT_TOKENS], threads=tuned_threads or threads)
     report(1, 3, {})
     why = "the checkpoint that it was compiled from is not known"
@@ -200,7 +200,7 @@ def weight_bytes(bundle: Path) -> int:
 def num_weights(bundle: Path) -> int | None:
     """Weights of a decoder's linear layers and LM head, by its config.json; None for others, or without such sizes."""
     config = json.loads((bundle / "config.json").read_text())
-    if is_exported(config["model_type"]):
+    if kind_of(config["model_type"]) != "decoder":
         return None
     try:
         hidden, inner, depth = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
@@ -228,8 +228,8 @@ def explain(facts: Facts, speeds: Speeds | None, *, slower: bool, worse: bool) -
             findings += _of_bounds(facts, speeds, speeds.machine)
     if worse:
         findings += _of_layers(facts)
-    if not findings:
-        sentence = "Nothing that was looked at explains it; what an engine runs is looked at of decoders only."
+    if not findings and facts.operators is None:
+        sentence = "Nothing that was looked at explains it; what the engine runs was not."
         findings.append(Finding(kind="operators", sentence=sentence))
     of: Complaint = "slower and worse" if slower and worse else "worse" if worse else "slower"
     return Diagnosis(of=of, findings=tuple(findings), facts=facts)
@@ -378,10 +378,6 @@ def _of_layers(facts: Facts) -> list[Finding]:
 
 def _half(layer: LayerError) -> str:
     return "attention" if layer.attention > layer.feed_forward else "feed-forward"
-
-
-def _family(directory: Path) -> str:
-    return str(json.loads((directory / "config.json").read_text())["model_type"])
 
 
 def _num_layers(checkpoint: Path) -> int | None:

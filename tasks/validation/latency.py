@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator
 
-from tasks.calibration.exported_families import Kind
+from tasks.calibration.exported_families import Kind, a_kind
 from tasks.calibration.progress import Report, silent
 from tasks.validation.conditions import Conditions, conditions, snapshot
 from tasks.validation.energy import Meter
@@ -168,7 +168,7 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
         if kind == "encoder" and self.new_tokens:
             return f"an encoder writes no tokens; speed.new_tokens is {self.new_tokens}. Write `new_tokens: 0`."
         if kind != "encoder" and not self.new_tokens:
-            return f"new_tokens 0 is of encoders; this is {_a(kind)}. Write how many tokens it generates."
+            return f"new_tokens 0 is of encoders; this is {a_kind(kind)}. Write how many tokens it generates."
         return None
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -200,10 +200,6 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
             for metric in METRICS
             if metric.name not in left_out
         )
-
-
-def _a(kind: Kind) -> str:
-    return "an encoder-decoder" if kind == "encoder-decoder" else f"a {kind}"
 
 
 class Subject(BaseModel, frozen=True, extra="forbid"):
@@ -259,6 +255,11 @@ class SubjectSpeed(BaseModel, frozen=True, extra="forbid"):
     size_bytes: int
     idle_cpu_percent: float = Field(description="Of one core, burnt while others were measured; should be near 0.")
     group: int
+
+    def ratios_to_original(self, metric: str) -> dict[str, Estimate]:
+        """Those of ttft_ms, tpot_ms or latency_ms, by percentile."""
+        ratios: dict[str, Estimate] = getattr(self, f"{metric.removesuffix('_ms')}_ratios_to_original")
+        return ratios
 
     @property
     def time_ms(self) -> Percentiles:
@@ -593,15 +594,13 @@ def _measure_blocks(
                 if name in failed:
                     del running[str(name)]
         step = num_before * options.num_blocks + block + 1
-        report(
-            step,
-            (num_before + 1 + more) * options.num_blocks,
-            {
-                f"{name}.{subject}": float((timing.tpot_ms() if options.new_tokens else timing.latency_ms())[-1, 0])
-                for name in ("tpot_ms" if options.new_tokens else "latency_ms",)
-                for subject, (_, timing) in running.items()
-            },
-        )
+        told = {
+            f"tpot_ms.{name}" if options.new_tokens else f"latency_ms.{name}": float(
+                (timing.tpot_ms() if options.new_tokens else timing.latency_ms())[-1, 0]
+            )
+            for name, (_, timing) in running.items()
+        }
+        report(step, (num_before + 1 + more) * options.num_blocks, told)
 
 
 def _finish(worker: LatencyWorker, timing: Timings) -> None:
@@ -870,7 +869,7 @@ def measured(summary: SpeedSummary, name: str) -> dict[str, Measured]:
         beside_it = beside(joules, ratio, of_original.value, better="lower") if ratio and of_original else None
         found[figure_name(ENERGY, batch_size=1)] = beside_it or Measured(value=joules)
     for metric in (*OF_WRITING, "latency_ms"):
-        ratios: dict[str, Estimate] = getattr(subject, f"{metric.removesuffix('_ms')}_ratios_to_original")
+        ratios = subject.ratios_to_original(metric)
         found |= _times(metric, 1, getattr(subject, metric), getattr(original, metric), ratios)
     if not summary.new_tokens:
         for batch_size, latency in subject.by_batch_size.items():

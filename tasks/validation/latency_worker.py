@@ -1,6 +1,5 @@
 """One subject of `latency.py` in a process of its own: the parent's handle on it, and what the child does."""
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.calibration.exported_families import Kind, kind_of
+from tasks.calibration.exported_families import Kind, kind_at
 from tasks.engines.generation import generate_timed
 from tasks.validation.worker import Worker, answer_commands
 
@@ -51,7 +50,7 @@ def load(path: Path, *, original: bool, threads: int) -> "tuple[Kind, Loaded]":
     A bundle that was tuned here has the threads that were found; all others have as many as are asked for. Without its
     tokenizer, whose library would bring PyTorch into the memory of every other engine.
     """
-    kind = kind_of(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    kind = kind_at(path)
     if original and not (path / "manifest.json").exists():
         return kind, _load_original(path, kind, threads)
     from tasks.engines.compiling import read_manifest, settings_here
@@ -71,18 +70,17 @@ def _load_original(path: Path, kind: Kind, threads: int) -> "Loaded":
         from tasks.engines.pytorch import PyTorch
 
         return PyTorch(precision="float32").load(path, threads=threads)
+    if kind == "encoder":
+        from tasks.engines.encoder import load_pytorch_encoder
+
+        return load_pytorch_encoder(path, threads=threads)
     import torch
 
-    from tasks.engines.encoder import PyTorchEncoder
     from tasks.engines.encoder_decoder import PyTorchEncoderDecoder, read_greedy
-    from tasks.engines.exported_graph import read_pooling
     from tasks.quantization.exported_checkpoint import read_checkpoint, read_config
 
     torch.set_num_threads(threads)
-    source = read_checkpoint(path, attention=None)
-    if kind == "encoder":
-        return PyTorchEncoder(source, read_pooling(path))
-    return PyTorchEncoderDecoder(source, read_greedy(path, read_config(path)))
+    return PyTorchEncoderDecoder(read_checkpoint(path, attention=None), read_greedy(path, read_config(path)))
 
 
 def main(answers_fd: int) -> None:

@@ -31,10 +31,10 @@ DPI = 150
 def draw(data: ReportData, folder: Path) -> list[Path]:
     """Writes one PNG per plot of the page into `folder`, and returns them."""
     drawn: dict[str, Figure] = {}
-    for name, short in figures_of_front(data).items():
-        points = front_points(data, name)
+    for short, label in figures_of_front(data).items():
+        points = front_points(data, short)
         if points:
-            drawn[f"pareto-{short}"] = _scatter(data, points, name)
+            drawn[f"pareto-{short}"] = _scatter(data, points, label)
     for metric, label in DISTRIBUTIONS.items():
         if any(each.metric == metric for each in data.distributions):
             drawn[f"latency-{metric}"] = _spreads(data, metric, label)

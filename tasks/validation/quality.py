@@ -12,6 +12,7 @@ tokens greedy text stays the original's (continuations.py).
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,7 @@ def measure_reference(
         positions = sample_positions(
             evaluation.tokens.shape, num_kl_positions(options, session.vocab_size), seed=options.seed
         )
-        scores = list(_scores(session, evaluation, positions, threads=threads, name="The original", report=report))
+        scores = list(_scores(session, evaluation, positions, name="The original", report=report))
         greedy = continue_greedily(session, greedy_prompts(evaluation, options), options.greedy_tokens)
     finally:
         vocab_size = session.vocab_size
@@ -255,7 +256,7 @@ def measure_quality(
                 f"Candidate and original must have the same vocabulary; the candidate has {session.vocab_size} "
                 f"tokens, the original {about['vocab_size']}. Compare a candidate that was made from this original."
             )
-        scored = _scores(session, evaluation, positions, threads=threads, name="The candidate", report=report)
+        scored = _scores(session, evaluation, positions, name="The candidate", report=report)
         for index, window in enumerate(scored):
             beside = slice(next_position, next_position + len(window.log_probabilities))
             next_position = beside.stop
@@ -461,13 +462,10 @@ def _scores(
     evaluation: Evaluation,
     positions: NDArray[np.int64],
     *,
-    threads: int,
     name: str,
     report: Report,
 ) -> Iterator[WindowScores]:
     """Scores of every window in turn; the logits of one are held at a time."""
-    import torch
-
     num_windows, window = evaluation.tokens.shape
     if session.max_length < window:
         raise ValueError(
@@ -481,11 +479,10 @@ def _scores(
         )
     total_nll = 0.0
     for index, tokens in enumerate(evaluation.tokens):
-        torch.set_num_threads(threads)  # of the original, which PyTorch runs
         logits = session.prefill(tokens[None].astype(np.int64), num_logits=window)[0]
-        torch.set_num_threads(1)  # an engine's threads spin for a while after their work; two of ours beside them wait
         try:
-            scores = score_window(logits[:-1], tokens[1:], positions[positions[:, 0] == index, 1])
+            with _one_thread():
+                scores = score_window(logits[:-1], tokens[1:], positions[positions[:, 0] == index, 1])
         except ValueError as error:
             raise ValueError(
                 f"{name} cannot be scored in window {index}: {error}. Its weights or its precision are broken."
@@ -493,6 +490,19 @@ def _scores(
         total_nll += float(scores.nll.sum(dtype=np.float64))
         report(index + 1, num_windows, {"perplexity": math.exp(min(total_nll / ((index + 1) * (window - 1)), 700))})
         yield scores
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, PyTorch uses one thread: an engine's spin for a while after their work, and two of ours would wait."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def num_kl_positions(options: Quality, vocab_size: int) -> int:

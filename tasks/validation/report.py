@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tasks.calibration.exported_families import Kind
 from tasks.validation import charts
 from tasks.validation.diagnosis import Diagnosis
 from tasks.validation.latency import ORIGINAL, SpeedSummary, SubjectSpeed
@@ -145,6 +146,7 @@ class ReportData(BaseModel, frozen=True, extra="forbid"):
     elapsed_s: float
     original_size_bytes: int = Field(description="Of the float32 checkpoint, or the bundle that is the original.")
     original_engine: str = Field("PyTorch float32", description="In which the original answers.")
+    kind: Kind = Field("decoder", description="What the models do.")
     reference: ReferenceSummary | None = Field(description="None: no perplexity was measured.")
     rows: tuple[Row, ...]
     speed: SpeedSummary | None
@@ -191,9 +193,12 @@ def render(data: ReportData, out: Path) -> Path:
         task_figures=[each for each in figures if _is_of_task(each[1])],
         other_figures=[each for each in figures if not _is_of_task(each[1])],
         columns=task_columns(data),
+        time_columns=time_columns(data),
+        rate_unit=rate_unit(data),
+        rate=rate,
         writes=writes(data),
         quality=quality_metric(data),
-        originals_figure=originals_figure,
+        answer=answer,
         block_errors=_block_errors,
         check_bar=_check_bar,
         confidence=max((check.confidence for row in judged for check in row.checks), default=CONFIDENCE),
@@ -214,7 +219,6 @@ class Line(BaseModel, frozen=True):
     perplexity: Estimate | None
     increase_percent: Estimate | None
     quality: float | None = Field(None, description="What the Pareto front compares: see `quality_metric`.")
-    cost_of_quality: float | None = Field(None, description="The same so that less is better.")
     is_original: bool = False
     on_front: bool = False
 
@@ -222,19 +226,15 @@ class Line(BaseModel, frozen=True):
     def verdict(self) -> str:
         return self.row.judgement.verdict if self.row.judgement else ""
 
-    def tokens_per_s(self, batch_size: int) -> Estimate | None:
-        """Throughput at a batch size, if it was measured."""
-        at = self.speed.throughput.get(batch_size) if self.speed else None
-        return at.tokens_per_s if at else None
+    def time(self, metric: str) -> Percentiles | None:
+        """One of `time_columns`, if it was measured."""
+        its: Percentiles | None = getattr(self.speed, metric, None)
+        return its
 
-    def samples_per_s(self, batch_size: int, tokens_per_sample: int) -> Estimate | None:
-        """An encoder's throughput in sequences, if it was measured."""
-        rate = self.tokens_per_s(batch_size)
-        return scaled(rate, 1 / tokens_per_sample) if rate else None
-
-    def figures(self) -> tuple[float | None, ...]:
-        """What the Pareto front compares, less being better: size, time per output token or latency, quality."""
-        return (self.row.size_bytes, self.speed.time_ms.p50.value if self.speed else None, self.cost_of_quality)
+    @property
+    def time_ms(self) -> float | None:
+        """What the Pareto front compares: the median time per output token; of an encoder, its latency."""
+        return self.speed.time_ms.p50.value if self.speed else None
 
 
 def lines(data: ReportData) -> list[Line]:
@@ -258,17 +258,40 @@ def lines(data: ReportData) -> list[Line]:
     ]
     order = {"": 0, "ACCEPT": 1, "ANOMALOUS": 2, "INCONCLUSIVE": 3, "REJECT": 4}
     rows.sort(key=lambda line: (order[line.verdict], line.row.name != data.winner))
-    everything = [_with_quality(line, data) for line in (original, *rows)]
-    figures = [line.figures() for line in everything]
-    if data.speed is None:  # then the front is that of size and quality
-        figures = [(size_bytes, quality) for size_bytes, _, quality in figures]
+    metric = quality_metric(data)
+    everything = [line.model_copy(update={"quality": _quality(line, metric, data)}) for line in (original, *rows)]
+    sign = -1 if metric and metric.better == "higher" else 1  # less is better on the front
+    figures: list[tuple[float | None, ...]] = []
+    for line in everything:
+        times = (line.time_ms,) if data.speed else ()  # else the front is that of size and quality
+        figures.append((line.row.size_bytes, *times, None if line.quality is None else sign * line.quality))
     front = pareto_front(figures)
     return [line.model_copy(update={"on_front": on}) for line, on in zip(everything, front, strict=True)]
 
 
 def writes(data: ReportData) -> bool:
     """Whether the models write, so that there are times per token; not so of encoders."""
-    return data.speed is None or data.speed.new_tokens > 0
+    return data.kind != "encoder"
+
+
+def time_columns(data: ReportData) -> dict[str, str]:
+    """The times that tables show, by metric, and how they are headed; none where speed was not measured."""
+    if data.speed is None:
+        return {}
+    return {"ttft_ms": "TTFT", "tpot_ms": "TPOT"} if writes(data) else {"latency_ms": "latency"}
+
+
+def rate_unit(data: ReportData) -> str:
+    """What tables count of throughput: tokens that are written, or the sequences that an encoder reads."""
+    return "tokens" if writes(data) else "samples"
+
+
+def rate(data: ReportData, line: Line, batch_size: int) -> Estimate | None:
+    """Throughput at a batch size in `rate_unit` per second, if it was measured."""
+    at = line.speed.throughput.get(batch_size) if line.speed else None
+    if at is None or data.speed is None or writes(data):
+        return at.tokens_per_s if at else None
+    return scaled(at.tokens_per_s, 1 / data.speed.prompt_tokens)
 
 
 def quality_metric(data: ReportData) -> Metric | None:
@@ -286,23 +309,25 @@ def task_columns(data: ReportData) -> list[Metric]:
     return [] if data.reference else [m for m in data.metrics.values() if _is_of_task(m)][:MAX_COLUMNS]
 
 
-def originals_figure(data: ReportData, metric: Metric) -> float | None:
+def answer(data: ReportData, line: Line, metric: Metric) -> Estimate | None:
+    """A task's figure, if it was measured; of the original without an interval."""
+    if not line.is_original:
+        measured = line.row.figures.get(metric.name)
+        return measured.value if measured else None
+    value = _originals_figure(data, metric)
+    return None if value is None else Estimate(value=value, low=None, high=None, num=0)
+
+
+def _originals_figure(data: ReportData, metric: Metric) -> float | None:
     """A task's figure of the original, which agrees with itself wholly."""
     known = (row.figures[metric.name].original for row in data.rows if metric.name in row.figures)
     found = next((original for original in known if original is not None), None)
     return metric.largest if found is None and not metric.compared else found
 
 
-def _with_quality(line: Line, data: ReportData) -> Line:
-    metric, quality = quality_metric(data), None
-    if data.reference:
-        quality = line.perplexity.value if line.perplexity else None
-    elif metric and line.is_original:
-        quality = originals_figure(data, metric)
-    elif metric and metric.name in line.row.figures:
-        quality = line.row.figures[metric.name].value.value
-    sign = -1 if metric and metric.better == "higher" else 1
-    return line.model_copy(update={"quality": quality, "cost_of_quality": None if quality is None else sign * quality})
+def _quality(line: Line, metric: Metric | None, data: ReportData) -> float | None:
+    its = line.perplexity if data.reference else answer(data, line, metric) if metric else None
+    return its.value if its else None
 
 
 class Headline(BaseModel, frozen=True):
@@ -369,19 +394,19 @@ def engines_of(data: ReportData) -> list[str]:
 
 
 def figures_of_front(data: ReportData) -> dict[str, str]:
-    """What quality is drawn against, and a short name of each."""
+    """What quality is drawn against: time and size, and how their axes are named."""
     time = "time per output token, ms" if writes(data) else "latency of one sequence, ms"
-    return {time: "time", "size on disk, MiB": "size"}
+    return {"time": time, "size": "size on disk, MiB"}
 
 
-def front_points(data: ReportData, name: str) -> list[tuple[Line, float, float]]:
-    """(line, figure, quality) of everything that was measured; none where runs are not comparable."""
+def front_points(data: ReportData, figure: str) -> list[tuple[Line, float, float]]:
+    """(line, time or size, quality) of everything that was measured; none where runs are not comparable."""
     if data.incomparable:  # points of one picture are held against each other
         return []
     found = []
     for line in lines(data):
-        size_bytes, time_ms, _ = line.figures()
-        x = time_ms if figures_of_front(data)[name] == "time" else size_bytes / 2**20 if size_bytes else None
+        size_bytes = line.row.size_bytes
+        x = line.time_ms if figure == "time" else size_bytes / 2**20 if size_bytes else None
         if x is not None and line.quality is not None and math.isfinite(line.quality):
             found.append((line, x, line.quality))
     return found
@@ -394,7 +419,7 @@ def _charts(data: ReportData) -> list[Markup]:
     metric = quality_metric(data)
     if metric is None:
         return drawn
-    for name in figures_of_front(data):
+    for figure, name in figures_of_front(data).items():
         points = [
             charts.Point(
                 x=x,
@@ -405,7 +430,7 @@ def _charts(data: ReportData) -> list[Markup]:
                 series=engines.index(line.row.engine),
                 on_front=line.on_front,
             )
-            for line, x, quality in front_points(data, name)
+            for line, x, quality in front_points(data, figure)
         ]
         if points:
             higher = metric.better == "higher"
@@ -576,57 +601,39 @@ def terminal_table(data: ReportData) -> Table:
     )
     table.caption_justify = "left"
     table.add_column("candidate", no_wrap=True)
-    has_perplexity, of_tasks, of_tokens = data.reference is not None, task_columns(data), writes(data)
-    headers = ["size\nMiB", *(("perplexity", "change\n%", "top-1\n%") if has_perplexity else ())]
+    of_tasks, times = task_columns(data), time_columns(data)
+    headers = ["size\nMiB", *(("perplexity", "change\n%", "top-1\n%") if data.reference else ())]
     headers += [metric.name.replace("_", " ").replace(".", "\n", 1) for metric in of_tasks]
-    if data.speed:
-        headers += ["TTFT\nms", "TPOT\nms"] if of_tokens else ["latency\nms"]
-    headers += [f"{'tokens' if of_tokens else 'samples'}/s\nbatch {batch_size}" for batch_size in batch_sizes]
-    for header in headers:
+    headers += [f"{title}\nms" for title in times.values()]
+    headers += [f"{rate_unit(data)}/s\nbatch {batch_size}" for batch_size in batch_sizes]
+    for header in [*headers, *(["peak\nMiB"] if data.speed else ())]:
         table.add_column(header, justify="right", no_wrap=True)
-    if data.speed:
-        table.add_column("peak\nMiB", justify="right", no_wrap=True)
     table.add_column("verdict", min_width=len("INCONCLUSIVE"))
     styles = {"ACCEPT": "green", "REJECT": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "magenta"}
     told = f" ({data.original_engine.partition(' float')[0]})"
     for line in lines(data):
         speed, quality = line.speed, line.row.quality
-        rates = [line.tokens_per_s(batch_size) for batch_size in batch_sizes]
-        if data.speed and not of_tokens:
-            rates = [line.samples_per_s(batch_size, data.speed.prompt_tokens) for batch_size in batch_sizes]
+        figures = [its.p50 if (its := line.time(metric)) else None for metric in times]
+        figures += [rate(data, line, batch_size) for batch_size in batch_sizes]
         answers = [
             f"{line.perplexity.value:.2f}" if line.perplexity else "",
             f"{line.increase_percent.value:+.1f}" if line.increase_percent else "",
             f"{100 * quality.top1_agreement.value:.1f}" if quality else "",
         ]
-        times: list[Percentiles | None] = []
-        if data.speed:
-            times = [None] * (2 if of_tokens else 1)
-        if speed:
-            times = [speed.ttft_ms, speed.tpot_ms] if of_tokens else [speed.latency_ms]
         verdict = Text(line.verdict, style=styles.get(line.verdict, ""))
         if line.row.status != "run":
             verdict.append(f" {line.row.status}".strip() if not line.verdict else f", {line.row.status}")
         table.add_row(
             Text(("★ " if line.row.name == data.winner else "  ") + line.row.name + told * line.is_original),
             number(line.row.size_bytes / 2**20) if line.row.size_bytes else "",
-            *(answers if has_perplexity else ()),
-            *(_cell(line, metric, data) for metric in of_tasks),
-            *(number(each.p50.value) if each else "" for each in times),
-            *(number(rate.value) if rate else "" for rate in rates),
+            *(answers if data.reference else ()),
+            *(f"{found.value:.4g}" if (found := answer(data, line, metric)) else "" for metric in of_tasks),
+            *(number(each.value) if each else "" for each in figures),
             *([number(speed.peak_memory_mib) if speed else ""] if data.speed else []),
             verdict,
             style="bold" if line.row.name == data.winner else "",
         )
     return table
-
-
-def _cell(line: Line, metric: Metric, data: ReportData) -> str:
-    """A task's figure, as the first table has it."""
-    value = originals_figure(data, metric) if line.is_original else None
-    if metric.name in line.row.figures:
-        value = line.row.figures[metric.name].value.value
-    return "" if value is None else f"{value:.4g}"
 
 
 def _caption(data: ReportData) -> str:

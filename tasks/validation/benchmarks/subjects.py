@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.calibration.exported_families import ENCODER_DECODERS, ENCODERS, is_exported
+from tasks.calibration.exported_families import ENCODERS, kind_of
 from tasks.engines.text import OnToken, Runtime, Sampling, TextGenerator, Work
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Subject:
         Raises:
             ValueError: it writes no text.
         """
-        if self._family in ENCODERS:
+        if kind_of(self._family) == "encoder":
             raise ValueError(
                 f"This task needs a model that writes; {self._family!r} is an encoder. Use task: embeddings."
             )
@@ -51,7 +51,7 @@ class Subject:
         from tasks.calibration.checkpoints import load_tokenizer
         from tasks.engines.compiling import load_original
 
-        if is_exported(self._family):
+        if kind_of(self._family) != "decoder":
             raise ValueError(f"This task needs the likelihood of text, which a decoder gives; got {self._family!r}.")
         session = load_original(self.path, threads=self.threads)
         try:
@@ -67,12 +67,15 @@ class Subject:
             ValueError: it is no encoder.
         """
         from tasks.calibration.checkpoints import load_tokenizer
+        from tasks.engines.encoder import load_pytorch_encoder
 
-        if self._family not in ENCODERS:
+        if kind_of(self._family) != "encoder":
             raise ValueError(
                 f"Embeddings need an encoder ({', '.join(ENCODERS)}); got {self._family!r}. Use a task of text instead."
             )
-        encoder = self._bundle_encoder() if self._is_bundle else self._original_encoder()
+        encoder: Encoder = (
+            self._bundle_encoder() if self._is_bundle else load_pytorch_encoder(self.path, threads=self.threads)
+        )
         try:
             yield encoder, load_tokenizer(self.path)
         finally:
@@ -94,7 +97,7 @@ class Subject:
         from tasks.engines.runtimes import SessionRuntime
 
         runtime: Runtime
-        if self._family in ENCODER_DECODERS:
+        if kind_of(self._family) == "encoder-decoder":
             runtime = _EncoderDecoder(self.path, self.threads)
         else:
             runtime = SessionRuntime(PyTorch().load(self.path, threads=self.threads))
@@ -104,16 +107,6 @@ class Subject:
         from tasks.engines.compiling import load_generator
 
         return load_generator(self.path, threads=self.threads)
-
-    def _original_encoder(self) -> "Encoder":
-        import torch
-
-        from tasks.engines.encoder import PyTorchEncoder
-        from tasks.engines.exported_graph import read_pooling
-        from tasks.quantization.exported_checkpoint import read_checkpoint
-
-        torch.set_num_threads(self.threads)
-        return PyTorchEncoder(read_checkpoint(self.path, attention=None), read_pooling(self.path))
 
     def _bundle_encoder(self) -> "Encoder":
         from tasks.engines.compiling import read_manifest

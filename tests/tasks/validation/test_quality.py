@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tasks.validation.continuations import continue_greedily
 from tasks.validation.quality import (
     MAX_REFERENCE_BYTES,
     Quality,
@@ -177,6 +178,22 @@ def test_progress_is_told_window_by_window(tiny_checkpoint, small_data, tmp_path
     )
     assert [step for step, _, _ in told] == [1, 2, 3, 4, 5, 6]
     assert {total for _, total, _ in told} == {6}
+
+
+def test_the_original_has_all_threads_again_for_what_it_writes(tiny_checkpoint, small_data, tmp_path, monkeypatch):
+    threads = []
+
+    def noting(*arguments):
+        threads.append(torch.get_num_threads())
+        return continue_greedily(*arguments)
+
+    monkeypatch.setattr("tasks.validation.quality.continue_greedily", noting)
+    before, options = torch.get_num_threads(), Quality(num_kl_positions=1, num_greedy_prompts=1)
+    try:
+        measure_reference(checkpoint=tiny_checkpoint, data=small_data, options=options, threads=2, out=tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2]
 
 
 def test_positions_are_drawn_without_repetition_and_predict_a_token():
