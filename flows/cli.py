@@ -379,8 +379,7 @@ def deploy(
     with _told():
         from infra import services
 
-        running = services.running(settings().home)
-        prepare_environment(**({"PREFECT_API_URL": running.prefect_api_url} if running else {}))
+        prepare_environment(**services.for_clients(settings().home))
         from flows.deployments import deploy as deploy_all
         from flows.deployments import server
 
@@ -448,9 +447,7 @@ def _connect() -> None:
     require_room(home)
     services.end_orphans(home)
     remove_abandoned()
-    running = services.running(home)
-    servers = running.for_clients(home) if running else {}
-    prepare_environment(**servers, **services.run_mark(home))
+    prepare_environment(**services.for_clients(home), **services.run_mark(home))
 
 
 def _load(name_or_path: str, source: str | None) -> "Recipe":

@@ -50,13 +50,6 @@ class Services(Addresses, frozen=True):
     pid: int
     database: Database
 
-    def for_clients(self, home: Path) -> dict[str, str]:
-        """Variables of a process that talks to them. Results name MLflow's runs, so each database has its own."""
-        variables = {"PREFECT_API_URL": self.prefect_api_url}
-        if self.database != "sqlite":
-            variables["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "prefect" / f"storage-{self.database}")
-        return variables
-
 
 class Note(BaseModel, frozen=True):
     """What the supervisor leaves in services.json while it runs."""
@@ -73,6 +66,17 @@ def running(home: Path) -> Services | None:
     if note is None or note.state != "running" or not note.supervisor.alive():
         return None
     return Services(**note.addresses.model_dump(), pid=note.supervisor.pid, database=note.database)
+
+
+def for_clients(home: Path) -> dict[str, str]:
+    """Variables of a process that talks to the services of `home`; none where they do not run."""
+    found = running(home)
+    if found is None:
+        return {}
+    variables = {"PREFECT_API_URL": found.prefect_api_url}
+    if found.database != "sqlite":  # results name MLflow's runs, so each database has its own
+        variables["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "prefect" / f"storage-{found.database}")
+    return variables
 
 
 def addresses(home: Path) -> Addresses:
