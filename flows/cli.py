@@ -1,6 +1,5 @@
 """The `slimline` command."""
 
-import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +112,7 @@ def validate(
     with _told():
         _connect()
         from flows.outcome import show
-        from flows.validating import plan_validation
+        from flows.validating import command_line, plan_validation
         from flows.validating import validate as run_validation
         from infra.services import start_inner_server
 
@@ -123,9 +122,7 @@ def validate(
         )
         _end_orderly()
         start_inner_server()
-        words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
-        command = shlex.join([*words, *(word for option in chosen for word in ("--set", option))])
-        outcome = run_validation(planned, bundle, str(directory), command)
+        outcome = run_validation(planned, bundle, str(directory), command_line(bundle, against, recipe, chosen))
         show(outcome)
     (verdict,) = (row.judgement.verdict for row in outcome.data.rows if row.judgement)
     if verdict != "ACCEPT":

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,12 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:
             inner = content[name] = {}
         content = inner
     content[path[-1]] = value
+
+
+def command_line(bundle: str, against: str, recipe: str | None, options: Sequence[str]) -> str:
+    """The command line that measures and judges the same again; the arguments are those of `plan_validation`."""
+    words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
+    return shlex.join([*words, *(word for option in options for word in ("--set", option))])
 
 
 @flow(name="validate", flow_run_name="{recipe.name}", persist_result=False)
