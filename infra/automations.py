@@ -12,10 +12,11 @@ from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Po
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
 
 DEAD_AFTER = timedelta(seconds=90)
 """Three heartbeats."""
-ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
+ENDED = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
 FLOW_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 
 
@@ -94,8 +95,6 @@ def put(client: SyncPrefectClient, automation: AutomationCore) -> None:
 
 
 def _block_id(client: SyncPrefectClient, kind: str, name: str) -> Any:
-    from prefect.exceptions import ObjectNotFound
-
     try:
         return client.read_block_document_by_name(name, kind, include_secrets=False).id
     except ObjectNotFound:

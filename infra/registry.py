@@ -4,13 +4,11 @@ A version holds the engine bundle and the code that runs it, so it loads in any 
 installed.
 """
 
-import fcntl
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from pydantic import BaseModel
 
 from infra.artifacts import fetch
 from infra.hardware import versions
+from infra.locks import held
 from infra.settings import settings
 from infra.tracking import Parent, StageResult, client, stage_run, stored_files
 
@@ -85,7 +84,8 @@ def register(
         )
     if not re.fullmatch(r"[^/:]+", model):
         raise ValueError(f"The name of a registered model must not be empty or contain '/' or ':'; got {model!r}.")
-    with _one_at_a_time():
+    # MLflow cannot compare and set: two flows that register the same bundle at once would make two versions.
+    with held(settings().home / "registry.lock"):
         found = _find(model, bundle.artifact.sha256)
         if found is None:
             signature = _signature(gives_vectors)
@@ -193,15 +193,6 @@ def _signature(gives_vectors: bool) -> "ModelSignature":
             ]
         ),
     )
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """MLflow cannot compare and set, so two flows registering the same bundle at once would make two versions."""
-    settings().home.mkdir(parents=True, exist_ok=True)
-    with (settings().home / "registry.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def find_version(uri: str) -> "ModelVersion":

@@ -5,7 +5,6 @@ belongs to a thread, Prefect's tasks run in many.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from infra import services
 from infra.artifacts import Artifact
 from infra.failures import silent_server
 from infra.hardware import hardware, versions
+from infra.locks import held
 from infra.settings import prepare_environment, settings
 
 if TYPE_CHECKING:
@@ -214,11 +214,9 @@ def prepare_database(home: Path) -> str:
     import mlflow.store.db.utils as database
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    home.mkdir(parents=True, exist_ok=True)
     file = home / "mlflow.db"
     draft = file.with_suffix(".new")
-    with (home / "mlflow.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(home / "mlflow.lock"):
         draft.unlink(missing_ok=True)
         opened = file if file.exists() else draft
         engine = database.create_sqlalchemy_engine_with_retry(f"sqlite:///{opened}")  # type: ignore[no-untyped-call]

@@ -125,7 +125,7 @@ def mlflow() -> Iterator[Finding]:
     except OSError as error:  # requests' errors are
         yield _unreachable(name, uri, error, "SLIMLINE_TRACKING_URI")
         return
-    yield from _clock("MLflow", answer.headers)
+    yield from clock("MLflow", _skew_s(answer.headers))
     host = urlsplit(uri).netloc.rpartition("@")[2]
     if answer.status == 403 and "host header" in answer.body.lower():
         yield problem(
@@ -181,20 +181,19 @@ def _unreachable(name: str, uri: str, error: OSError, variable: str) -> Finding:
     return problem(name, f"{shown(uri)} {why}", f"Start the server, or correct {variable}; a firewall may be between")
 
 
-def _clock(server: str, headers: Mapping[str, str]) -> Iterator[Finding]:
-    """A finding where a server's Date differs from our time by more than may be."""
-    skew = skew_s(headers)
-    if skew is not None and abs(skew) > MAX_SKEW_S:
+def clock(server: str, skew_s: float | None) -> Iterator[Finding]:
+    """A finding where our time is ahead of a server's by more than may be, or behind it."""
+    if skew_s is not None and abs(skew_s) > MAX_SKEW_S:
         yield problem(
             "clock",
-            f"this machine is {abs(skew):,.0f} s {'ahead of' if skew > 0 else 'behind'} {server}",
+            f"this machine is {abs(skew_s):,.0f} s {'ahead of' if skew_s > 0 else 'behind'} {server}",
             "Set both clocks by NTP: timedatectl set-ntp true",
         )
 
 
-def skew_s(headers: Mapping[str, str]) -> float | None:
+def _skew_s(headers: Mapping[str, str]) -> float | None:
     """Seconds by which our clock is ahead of the Date in an answer's headers, within a second."""
-    said = headers.get("Date") or headers.get("date")
+    said = headers.get("Date")
     if not said:
         return None
     return time.time() - email.utils.parsedate_to_datetime(said).timestamp()
@@ -202,8 +201,7 @@ def skew_s(headers: Mapping[str, str]) -> float | None:
 
 def prefect() -> Iterator[Finding]:
     """Whether flows can be recorded and started, and whether somebody takes what is scheduled."""
-    running = services.running(settings().home)
-    prepare_environment(**({"PREFECT_API_URL": running.prefect_api_url} if running else {}))
+    prepare_environment(**services.for_clients(settings().home))
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
@@ -228,7 +226,7 @@ def prefect() -> Iterator[Finding]:
         except ValueError:  # not JSON
             yield _refused(url, answer.status_code, answer.text)
             return
-        yield from _clock("Prefect", answer.headers)
+        yield from clock("Prefect", _skew_s(answer.headers))
         yield _compared(name, shown(url), theirs, "prefect", 1000 * (time.monotonic() - started_at))
         yield from deployments(client)
         yield from slots(client)

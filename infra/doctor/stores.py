@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.doctor.finding import Finding, ok, problem, skipped
-from infra.doctor.servers import MAX_SKEW_S
+from infra.doctor.servers import clock
 from infra.settings import outer, settings, shown
 
 ANSWER_S = 10.0
@@ -40,13 +40,7 @@ def store() -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield problem(name, str(error), "Read the store's own log")
     else:
-        if probe.skew_s is not None and abs(probe.skew_s) > MAX_SKEW_S:
-            yield problem(
-                "clock",
-                f"this machine is {abs(probe.skew_s):,.0f} s {'ahead of' if probe.skew_s > 0 else 'behind'} the store, "
-                f"which refuses requests that are {S3_MAX_SKEW_S} s off",
-                "Set both clocks by NTP: timedatectl set-ntp true",
-            )
+        yield from clock(f"the store, which refuses requests that are {S3_MAX_SKEW_S} s off", probe.skew_s)
         end = "and removed" if probe.removed else "and left, because this account may not delete,"
         yield ok(
             name,
@@ -120,7 +114,7 @@ def _schema(of: str, uri: str) -> Finding:
     try:
         current = asyncio.run(_revision(uri)) if "+a" in uri.partition(":")[0] else _revision_of_sync(uri)
     except ImportError as error:
-        return problem(name, f"{shown(uri)} needs a driver: {error}", "Install it: pip install 'slimline[server]'")
+        return problem(name, f"{shown(uri)} needs a driver: {error}", "Install it: pip install 'slimline[servers]'")
     except (SQLAlchemyError, OSError) as error:
         said = " ".join(str(getattr(error, "orig", error)).split())[:200]
         if "alembic_version" in said:

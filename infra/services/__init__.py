@@ -3,7 +3,7 @@
 `up` starts the supervisor in a session of its own and returns when everything answers; `down` ends all of it.
 """
 
-from infra.services.addresses import Addresses, Database, Services, addresses, running
+from infra.services.addresses import Addresses, Database, Services, addresses, for_clients, running
 from infra.services.inner_server import start_inner_server
 from infra.services.processes import ProcessId, end_orphans, run_mark
 from infra.services.stack import down, up
@@ -16,6 +16,7 @@ __all__ = [
     "addresses",
     "down",
     "end_orphans",
+    "for_clients",
     "run_mark",
     "running",
     "start_inner_server",

@@ -1,7 +1,6 @@
 """Where the services of a home listen: ports chosen once and remembered, and a note of what runs there now."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from infra.locks import held
 from infra.services.processes import ProcessId
 
 HOST = "127.0.0.1"
@@ -50,13 +50,6 @@ class Services(Addresses, frozen=True):
     pid: int
     database: Database
 
-    def for_clients(self, home: Path) -> dict[str, str]:
-        """Variables of a process that talks to them. Results name MLflow's runs, so each database has its own."""
-        variables = {"PREFECT_API_URL": self.prefect_api_url}
-        if self.database != "sqlite":
-            variables["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "prefect" / f"storage-{self.database}")
-        return variables
-
 
 class Note(BaseModel, frozen=True):
     """What the supervisor leaves in services.json while it runs."""
@@ -75,12 +68,23 @@ def running(home: Path) -> Services | None:
     return Services(**note.addresses.model_dump(), pid=note.supervisor.pid, database=note.database)
 
 
+def for_clients(home: Path) -> dict[str, str]:
+    """Variables of a process that talks to the services of `home`; none where they do not run."""
+    found = running(home)
+    if found is None:
+        return {}
+    variables = {"PREFECT_API_URL": found.prefect_api_url}
+    if found.database != "sqlite":  # results name MLflow's runs, so each database has its own
+        variables["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "prefect" / f"storage-{found.database}")
+    return variables
+
+
 def addresses(home: Path) -> Addresses:
     """Where the pages of `home` run or will run: chosen once and remembered, so that links in old runs stay good."""
     note = read_note(home)
     if note is not None and note.supervisor.alive():
         return note.addresses
-    with lock(home, "ports"):
+    with held(home / "ports.lock"):
         return at(_remembered(home) or _choose(home, {}))
 
 
@@ -96,7 +100,7 @@ def free_ports(home: Path) -> Iterator[dict[str, int]]:
     A server takes its port many seconds after it was chosen. Until then a name stands for it that only one process of
     a machine can have, and that goes with the process.
     """
-    with lock(home, "ports"), contextlib.ExitStack() as claims:
+    with held(home / "ports.lock"), contextlib.ExitStack() as claims:
         known = _remembered(home) or {}
         chosen = _choose(home, {name: port for name, port in known.items() if _claimed(port, claims)}, claims)
         claims_of_start = claims.pop_all()
@@ -159,12 +163,3 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
     with open(draft, "x", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
         stream.write(text)
     draft.replace(path)
-
-
-@contextlib.contextmanager
-def lock(home: Path, name: str) -> Iterator[None]:
-    """Within, no other process has the lock `name` of this home."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, SecretStr, field_serializer
 
-from infra.services.addresses import lock, write_atomically
+from infra.locks import held
+from infra.services.addresses import write_atomically
 
 OWNER_ONLY = 0o600
 
@@ -33,7 +34,7 @@ class Credentials(BaseModel, frozen=True):
 def credentials(home: Path) -> Credentials:
     """Of the servers of this home, the same every time."""
     file = home / "credentials.json"
-    with lock(home, "credentials"):
+    with held(home / "credentials.lock"):
         if file.exists():
             return Credentials.model_validate_json(file.read_bytes())
         made = Credentials(

@@ -225,8 +225,8 @@ def _prefect_database(plan: Plan) -> dict[str, str]:
         return {}  # below PREFECT_HOME, migrated at the start
     return {
         **for_postgres(plan),
-        "PREFECT_API_DATABASE_CONNECTION_URL": postgres.address(
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address(
             "postgresql+asyncpg", plan.ports["postgres"], "prefect"
         ),
-        "PREFECT_API_DATABASE_MIGRATE_ON_START": "false",
+        "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
     }

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from infra.services.addresses import Database, Services, free_ports, lock, note_file, read_note, running
+from infra.locks import held
+from infra.services.addresses import Database, Services, free_ports, note_file, read_note, running
 from infra.services.logs import SAYS, log_file
 from infra.services.processes import kill, marked
 from infra.services.programs import DEPLOY, ROOT, Plan, inherited
@@ -42,7 +43,7 @@ def up(
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    with lock(home, "services"):
+    with held(home / "services.lock"):
         if found := running(home):
             if found.database != database:
                 raise ValueError(
@@ -92,7 +93,7 @@ def down(home: Path) -> bool:
     home = home.resolve()
     if not home.exists():
         return False
-    with lock(home, "services"):
+    with held(home / "services.lock"):
         return _end(home)
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -190,20 +189,19 @@ class Supervisor:
 
 @dataclass(frozen=True)
 class Probe:
-    """A real request to an API, and what its answer must be like."""
+    """A real request to an API, whose answer must not be empty."""
 
     name: str
     url: str
     body: dict[str, Any]
-    good: Callable[[Any], bool] = bool
 
     def satisfied(self) -> bool:
-        """Whether it is answered, and well."""
+        """Whether it is answered, and not with nothing."""
         request = urllib.request.Request(self.url, json.dumps(self.body).encode(), {"Content-Type": "application/json"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
         try:
             with direct.open(request, timeout=10) as answer:
-                return self.good(json.loads(answer.read()))
+                return bool(json.loads(answer.read()))
         except (OSError, ValueError):
             return False
 

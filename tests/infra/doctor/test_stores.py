@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra import s3
-from infra.doctor import stores
+from infra.doctor import servers, stores
 from infra.settings import settings
 
 pytestmark = pytest.mark.servers
@@ -65,7 +65,7 @@ def test_closed_port(monkeypatch):
 
 
 def test_clock_that_differs(monkeypatch):
-    monkeypatch.setattr(stores, "MAX_SKEW_S", -1)  # a clock that is right is further off than that
+    monkeypatch.setattr(servers, "MAX_SKEW_S", -1)  # a clock that is right is further off than that
     settings.cache_clear()
     s3._client.cache_clear()
     clock, store = stores.store()
