@@ -21,7 +21,7 @@ from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.filesystems import WritableFileSystem
-from prefect.results import ResultStore
+from prefect.results import ResultRecord, get_default_result_storage  # type: ignore[attr-defined]
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
@@ -170,21 +170,22 @@ class StoredResults(WritableFileSystem):
         """Prefect asks blocks that it has not saved for the path of a key. Keys are names here."""
 
 
-def _result_storage() -> WritableFileSystem | None:
-    """Where results are kept; None: where Prefect keeps them by default, which is in the home."""
-    store = settings().store
-    return StoredResults(uri=f"{store}/results") if store else None
+def _result_storage() -> Any:
+    """Where results are kept: beside the artifacts of a store, else where Prefect keeps them, which is in the home."""
+    if store := settings().store:
+        return StoredResults(uri=f"{store}/results")
+    context = FlowRunContext.get()  # it knows; the default is asked of Prefect's server, every time
+    return context.result_store.result_storage if context else get_default_result_storage(_sync=True)  # type: ignore[call-arg]
 
 
 @contextmanager
 def shared_results() -> Iterator[None]:
     """Within, in a flow, tasks find and keep their results in the store, so that other machines find them too."""
     context = FlowRunContext.get()
-    storage = _result_storage()
-    if context is None or storage is None:
+    if context is None or not settings().store:
         yield
         return
-    results = context.result_store.model_copy(update={"result_storage": storage})
+    results = context.result_store.model_copy(update={"result_storage": _result_storage()})
     with context.model_copy(update={"result_store": results}):
         yield
 
@@ -224,11 +225,12 @@ def kept_result(task: Task[..., Any], arguments: dict[str, Any]) -> Any | None:
     key = cache_key(task, arguments)
     if not key:
         return None
-    store = ResultStore(result_storage=_result_storage()).update_for_task(task, _sync=True)  # type: ignore[call-arg]
-    assert isinstance(store, ResultStore)  # _sync
-    storage = store.result_storage
-    if isinstance(storage, StoredResults) and not s3.size_of(f"{storage.uri}/{key}"):
-        return None  # asked for by ourselves: Prefect takes a store that is away for one without the result
-    if not store.exists(key):
+    storage = _result_storage()
+    try:  # not with Prefect's `exists`, which takes a store that is away for one without the result
+        return ResultRecord.deserialize(storage.read_path(key, _sync=True)).result
+    except FileNotFoundError:
         return None
-    return store.read(key).result
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001  Prefect's words for no such file, or a record of another version: the stage runs
+        return None

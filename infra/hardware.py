@@ -50,10 +50,13 @@ def hardware() -> dict[str, Any]:
 
 def versions(*names: str) -> dict[str, str]:
     """Installed versions of the named distributions; absent ones are left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in names if (found := _version(name)) is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Kept: reading it takes a millisecond or two, and every stage's key asks for several, several times."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -11,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prefect.results import ResultStore
+from prefect.serializers import JSONSerializer
 
 from infra import artifacts, s3
 from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, files, new_directory, publish, verify
+from infra.caching import StoredResults, cache_key, earlier_result
 from infra.failures import InfrastructureError
 from infra.settings import settings
+from infra.tracking import StageResult
+from tasks.checkpoint import import_checkpoint
 
 pytestmark = pytest.mark.servers
 
@@ -346,6 +351,23 @@ for os.environ["SLIMLINE_HOME"] in sys.argv[1:]:
 with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: True}):
     twice()
 """
+
+
+def test_an_earlier_result_is_asked_for_once_and_one_of_another_version_is_none(client, sent):
+    inputs = {"source": "somewhere", "source_fingerprint": ""}
+    assert earlier_result(import_checkpoint, inputs) is None
+    assert [method for method, _, _ in sent] == ["GET"]
+    artifact = Artifact(uri="s3://models/team/artifacts/0.json", sha256="0", size_bytes=1)
+    result = StageResult(
+        artifact=artifact, kind="data", metrics={}, elapsed_s=1, peak_memory_mib=None, run_id="1", model_id=None
+    )
+    store = ResultStore(result_storage=StoredResults(uri="s3://models/team/results"), serializer=JSONSerializer())
+    store.write(result, key=cache_key(import_checkpoint, inputs))
+    sent.clear()
+    assert earlier_result(import_checkpoint, inputs) == result
+    assert [method for method, _, _ in sent] == ["GET"]
+    client.put_object(Bucket="models", Key=f"team/results/{cache_key(import_checkpoint, inputs)}", Body=b"{}")
+    assert earlier_result(import_checkpoint, inputs) is None
 
 
 def test_a_second_machine_finds_the_results_of_the_first(machine, client, tmp_path):
