@@ -7,7 +7,7 @@ from pydantic import Field
 
 from flows import recipe as recipes
 from flows.outcome import Outcome
-from flows.validating import command_of, plan_validation, validate
+from flows.validating import command_line, plan_validation, validate
 
 DEFAULTS = "defaults"
 """In place of a recipe's name."""
@@ -35,5 +35,5 @@ def benchmark(
         against = chosen.source
     options = [f"validation.limits.{limit}" for limit in limits]
     planned, directory = plan_validation(bundle, against, recipe=chosen, options=options)
-    command = command_of(bundle, against, recipe if chosen else None, options)
-    return validate(planned, bundle, str(directory), command)
+    again = command_line(bundle, against, recipe if chosen else None, options)
+    return validate(planned, bundle, str(directory), again)

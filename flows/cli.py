@@ -112,7 +112,7 @@ def validate(
     with _told():
         _connect()
         from flows.outcome import show
-        from flows.validating import command_of, plan_validation
+        from flows.validating import command_line, plan_validation
         from flows.validating import validate as run_validation
         from infra.services import start_inner_server
 
@@ -122,7 +122,7 @@ def validate(
         )
         _end_orderly()
         start_inner_server()
-        outcome = run_validation(planned, bundle, str(directory), command_of(bundle, against, recipe, chosen))
+        outcome = run_validation(planned, bundle, str(directory), command_line(bundle, against, recipe, chosen))
         show(outcome)
     (verdict,) = (row.judgement.verdict for row in outcome.data.rows if row.judgement)
     if verdict != "ACCEPT":
@@ -376,8 +376,7 @@ def deploy(
     with _told():
         from infra import services
 
-        running = services.running(settings().home)
-        prepare_environment(**({"PREFECT_API_URL": running.prefect_api_url} if running else {}))
+        prepare_environment(**services.for_clients(settings().home))
         from flows.deployments import deploy as deploy_all
         from flows.deployments import server
 
@@ -445,9 +444,7 @@ def _connect() -> None:
     require_room(home)
     services.end_orphans(home)
     remove_abandoned()
-    running = services.running(home)
-    servers = running.for_clients(home) if running else {}
-    prepare_environment(**servers, **services.run_mark(home))
+    prepare_environment(**services.for_clients(home), **services.run_mark(home))
 
 
 def _load(name_or_path: str, source: str | None) -> "Recipe":

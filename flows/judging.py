@@ -1,8 +1,11 @@
 """Which candidates may be served, and which of them is the best: verdicts from what was measured."""
 
+from pydantic import TypeAdapter
+
 from flows.pipeline import Products, baselines, is_candidate
 from flows.recipe import Recipe
 from infra.artifacts import fetch
+from tasks.calibration.exported_families import Kind
 from tasks.validation.benchmarks.measuring import BenchmarkSummary
 from tasks.validation.benchmarks.measuring import measured as measured_benchmark
 from tasks.validation.cost import measured as measured_cost
@@ -33,6 +36,11 @@ def load_of(products: Products) -> LoadSummary | None:
 def original_size_bytes(products: Products) -> int:
     """Of the model that candidates are compared with, a checkpoint or a bundle."""
     return int(str(products.original.metrics["size_bytes"]))
+
+
+def kind_of_original(products: Products) -> Kind:
+    """What the models of a run do."""
+    return TypeAdapter(Kind).validate_python(products.original.metrics["kind"])
 
 
 def speed_of_all(recipe: Recipe, products: Products, confidence: float = CONFIDENCE) -> SpeedSummary | None:

@@ -91,12 +91,6 @@ def _fit(content: dict[str, Any], bundle: Path) -> None:
         _put(content, ["validation", "speed", "new_tokens"], validation.get("speed", {}).get("new_tokens", 0))
 
 
-def command_of(bundle: str, against: str, recipe: str | None, options: Sequence[str]) -> str:
-    """What to paste into a shell to measure the same again."""
-    words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
-    return shlex.join([*words, *(word for option in options for word in ("--set", option))])
-
-
 def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for name in path[:-1]:
         inner = content.setdefault(name, {})
@@ -104,6 +98,12 @@ def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:
             inner = content[name] = {}
         content = inner
     content[path[-1]] = value
+
+
+def command_line(bundle: str, against: str, recipe: str | None, options: Sequence[str]) -> str:
+    """The command line that measures and judges the same again; the arguments are those of `plan_validation`."""
+    words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
+    return shlex.join([*words, *(word for option in options for word in ("--set", option))])
 
 
 @flow(name="validate", flow_run_name="{recipe.name}", persist_result=False)

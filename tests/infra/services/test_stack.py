@@ -3,9 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +17,7 @@ from infra.services.credentials import credentials
 from infra.services.processes import kill, marked
 from infra.services.programs import ROOT
 from infra.settings import environment, settings
+from tests.infra.asking import ask, ask_json, wait_until
 
 DEPLOYED = """
 import subprocess, sys
@@ -76,13 +75,6 @@ def deployed(home: Path) -> list[str]:
     return [sys.executable, str(home / "deployed.py")]
 
 
-def ask(url: str, body: object = None, **headers: str):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        return answer.status, answer.read()
-
-
 def left(home: Path) -> list[list[str]]:
     return [found for process in marked(home) if (found := cmdline(process))]
 
@@ -95,12 +87,12 @@ def test_both_pages_open_on_loopback_and_refuse_foreign_hosts(started):
             assert status == 200
             assert b"<html" in text.lower()
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        ask(f"{started.mlflow_url}/", Host="evil.example")
+        ask(f"{started.mlflow_url}/", headers={"Host": "evil.example"})
 
 
 @pytest.mark.servers
 def test_runs_made_without_servers_are_shown(started):
-    found = json.loads(ask(f"{started.prefect_api_url}/flows/filter", {})[1])
+    found = ask_json(f"{started.prefect_api_url}/flows/filter", {})
     assert {"earlier", "hello"} <= {flow["name"] for flow in found}
     (run,) = tracking.client().search_runs(tracking.experiment_ids())
     assert run.info.run_name == "earlier"
@@ -141,11 +133,11 @@ def test_nobody_without_the_keys_reads_the_store(started, home):
 
 @pytest.mark.servers
 def test_a_flow_run_asked_for_by_the_api_runs_on_the_worker(started):
-    deployment = json.loads(ask(f"{started.prefect_api_url}/deployments/name/hello/hello")[1])
-    run = json.loads(ask(f"{started.prefect_api_url}/deployments/{deployment['id']}/create_flow_run", {})[1])
+    deployment = ask_json(f"{started.prefect_api_url}/deployments/name/hello/hello")
+    run = ask_json(f"{started.prefect_api_url}/deployments/{deployment['id']}/create_flow_run", {})
 
     def state() -> str:
-        return json.loads(ask(f"{started.prefect_api_url}/flow_runs/{run['id']}")[1])["state"]["name"]
+        return ask_json(f"{started.prefect_api_url}/flow_runs/{run['id']}")["state"]["name"]
 
     wait_until(lambda: state() in ("Completed", "Failed", "Crashed"), timeout_s=120)
     assert state() == "Completed"
@@ -179,7 +171,7 @@ def test_a_second_up_says_what_runs(started, home):
 def test_when_a_child_dies_the_rest_ends_and_the_log_says_why(started, home):
     server = next(p for p in marked(home) if "mlflow" in p.cmdline() and p.ppid() == started.pid)
     server.kill()
-    wait_until(lambda: not left(home))
+    wait_until(lambda: not left(home), 60)
     assert running(home) is None
     assert "mlflow ended with SIGKILL" in (home / "logs" / "supervisor.log").read_text()
     assert not (home / "services.json").exists()
@@ -193,11 +185,11 @@ def test_when_a_child_dies_the_rest_ends_and_the_log_says_why(started, home):
 def test_down_finds_what_a_killed_supervisor_left(home):
     down(home)
     found = up(home, database="postgres", deploy=deployed(home))
-    assert json.loads(ask(f"{found.prefect_api_url}/work_pools/cpu")[1])["name"] == "cpu"
+    assert ask_json(f"{found.prefect_api_url}/work_pools/cpu")["name"] == "cpu"
     assert tracking.experiment_ids() == []  # SQLite's runs stay with SQLite
     assert len(left(home)) >= 6  # the supervisor, the store, two servers, their database and the worker
     os.kill(found.pid, signal.SIGKILL)
-    wait_until(lambda: running(home) is None)
+    wait_until(lambda: running(home) is None, 60)
     assert left(home)
     assert down(home) is True
     assert left(home) == []
@@ -219,10 +211,10 @@ def test_an_interrupted_up_leaves_nothing(number, tmp_path):
     starting = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
     )
-    wait_until(lambda: len(left(tmp_path)) >= 2)
+    wait_until(lambda: len(left(tmp_path)) >= 2, 60)
     starting.send_signal(number)
     assert starting.wait(30) != 0
-    wait_until(lambda: not left(tmp_path))
+    wait_until(lambda: not left(tmp_path), 60)
     assert running(tmp_path) is None
 
 
@@ -231,10 +223,3 @@ def test_an_up_that_takes_too_long_says_what_did_not_answer_and_leaves_nothing(t
     with pytest.raises(ValueError, match=rf"was not ready after 1 s\. Logs: {tmp_path}/logs"):
         up(tmp_path, deploy=["never", "started"], timeout_s=1)
     assert left(tmp_path) == []
-
-
-def wait_until(condition, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)

@@ -169,10 +169,16 @@ def _tuned(bundle: Path, out: Path, **changes: object) -> Path:
     return out
 
 
+def _facts(bundle: Path, threads: int) -> dict[str, str]:
+    """What a bundle's engine was made with, where its speed is measured."""
+    _, session = load(bundle, original=False, threads=threads)
+    return session.facts  # type: ignore[union-attr]
+
+
 def test_measuring_uses_what_was_found_here(compiled, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    facts = load(_tuned(compiled[0], tmp_path), original=False, threads=2).facts
+    facts = _facts(_tuned(compiled[0], tmp_path), threads=2)
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == ("1", "f32")
-    facts = load(compiled[0], original=False, threads=2).facts
+    facts = _facts(compiled[0], threads=2)
     assert (facts["inference_num_threads"], facts["key_cache_precision"]) == (str(min(2, num_cores())), "u8")
 
 
@@ -218,7 +224,7 @@ def test_what_was_found_elsewhere_is_not_used_and_one_warning_says_so(  # type: 
     compiled, tmp_path: Path, caplog: pytest.LogCaptureFixture, elsewhere: dict[str, object]
 ) -> None:
     bundle = _tuned(compiled[0], tmp_path, **elsewhere)
-    assert load(bundle, original=False, threads=1).facts["key_cache_precision"] == "u8"
+    assert _facts(bundle, threads=1)["key_cache_precision"] == "u8"
     caplog.clear()
 
     facts = load_bundle(bundle, threads=1)[0].facts
