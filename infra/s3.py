@@ -213,6 +213,34 @@ def write(uri: str, content: bytes) -> None:
         patiently(lambda: _put(bucket, key, content, {}))
 
 
+def create(uri: str, content: bytes) -> bool:
+    """Make `content` the object `uri` where there is none; False: there is another one, which stays.
+
+    Raises:
+        FileNotFoundError: no such bucket.
+        PermissionError, ConnectionError: as `download`.
+    """
+    bucket, key = _parse(uri)
+    with errors(uri):
+        try:
+            patiently(lambda: _put(bucket, key, content, {}, IfNoneMatch="*"))
+        except Exception as error:
+            if _code(error) not in ("PreconditionFailed", "412"):
+                raise
+            return read(uri) == content  # an earlier attempt of ours whose answer was lost
+    return True
+
+
+def names(uri: str) -> list[str]:
+    """The names of all objects below the prefix `uri`, relative to it; empty: there is none.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `download`.
+    """
+    with errors(uri):
+        return [name for name, _ in _objects(uri)]
+
+
 def size_of(uri: str) -> int | None:
     """The size of an object in bytes; None: there is none. One small request.
 
@@ -508,10 +536,10 @@ def _parts(bucket: str, key: str, upload: str) -> list[dict[str, Any]]:
     return [part for page in pages for part in page.get("Parts", [])]
 
 
-def _put(bucket: str, key: str, content: bytes, metadata: dict[str, str]) -> None:
+def _put(bucket: str, key: str, content: bytes, metadata: dict[str, str], **condition: str) -> None:
     checksum = _crc32(content)
     _client().put_object(
-        Bucket=bucket, Key=key, Body=content, Metadata=metadata, ChecksumCRC32=checksum, **_encryption()
+        Bucket=bucket, Key=key, Body=content, Metadata=metadata, ChecksumCRC32=checksum, **_encryption(), **condition
     )
 
 
@@ -718,8 +746,9 @@ def _passes(error: Exception) -> bool:
 
 # fmt: off
 PASSING = (
-    "BadDigest", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable",
-    "SlowDown", "Throttling", "ThrottlingException", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch",
+    "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout",
+    "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException", "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
 )
 # fmt: on
 """Codes of answers that are worth asking again, whatever their status."""

@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         pattern=r"^s3://[^/]+(/[^/]+)*/?$",
         description="Where artifacts and results of stages are kept: s3://BUCKET/PREFIX; default: <home>.",
     )
+    release_store: str | None = Field(
+        None,
+        pattern=r"^s3://[^/]+(/[^/]+)*/?$",
+        description="Where champions' bytes and the ledger are kept: s3://BUCKET/PREFIX; default: the store's place.",
+    )
     cache_gib: float | None = Field(None, gt=0, description="Copies of a remote store's artifacts below the home; 100.")
     s3_endpoint_url: str | None = Field(None, description="S3 endpoint, for stores other than AWS.")
     redis_url: SecretStr | None = Field(
@@ -74,7 +79,7 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
-    @field_validator("store")
+    @field_validator("store", "release_store")
     @classmethod
     def _without_slash(cls, store: str | None) -> str | None:
         return store and store.rstrip("/")

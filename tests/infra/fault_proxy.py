@@ -64,7 +64,12 @@ class Slow:
     for_s: float
 
 
-Fault = Answer | Truncate | Corrupt | Cut | Slow | None
+@dataclass(frozen=True)
+class LoseAnswer:
+    """End the connection when the server has answered, before any of it is passed on."""
+
+
+Fault = Answer | Truncate | Corrupt | Cut | Slow | LoseAnswer | None
 
 
 class _Lost(Exception):
@@ -174,6 +179,8 @@ class FaultProxy:
             exchange.sent_bytes += len(block)
         status, headers, raw = _head(answers)
         exchange.status = int(status.split(" ")[1])
+        if isinstance(fault, LoseAnswer):
+            raise _Lost
         client.sendall(b"".join(raw))
         bodiless = method == "HEAD" or exchange.status in (204, 304)
         chunked = "chunked" in headers.get("transfer-encoding", "")
