@@ -111,7 +111,16 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def tune(bundle: Path) -> "Tuned":
-    """Searches a bundle's fastest settings on this machine, and keeps them in its manifest."""
+    """Searches a bundle's fastest settings on this machine, and keeps them in its manifest.
+
+    Raises:
+        ValueError: it is a registered version's, which is signed as it is.
+    """
+    if bundle.resolve().is_relative_to(settings().home / "versions"):
+        raise ValueError(
+            f"A bundle that is tuned is changed; {bundle} is of a registered version, which is signed as it is. Tune a "
+            "copy of it, or let the recipe tune the candidate (`tune`)."
+        )
     from tasks.engines.tuning import Tuned
 
     with stage_progress("tune") as show:
@@ -126,7 +135,7 @@ def tune(bundle: Path) -> "Tuned":
 
 
 def find_bundle(name: str) -> Path:
-    """The directory of a bundle: as named, or of a registered version, which is fetched once.
+    """The directory of a bundle: as named, or of a registered version, which is fetched once and verified.
 
     Raises:
         ValueError: there is no such bundle.
@@ -137,9 +146,9 @@ def find_bundle(name: str) -> Path:
                 f"A bundle is a directory that `slimline compile` or a run wrote, or models:/NAME@ALIAS; got {name!r}."
             )
         return Path(name)
-    from infra.registry import download_bundle
+    from infra.registry import bundle_at
 
-    return download_bundle(name)
+    return bundle_at(name)
 
 
 def load(bundle: str, *, lookup: bool, draft: str | None, threads: int | None) -> "TextGenerator":

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from infra.registry import Version
+from infra.settings import settings
 from infra.tracking import tracking_uri
 from tasks.validation.report import ReportData, answer, lines, task_columns, terminal_table, time_columns
 from tasks.validation.statistics import Estimate
@@ -92,7 +93,8 @@ def show(outcome: Outcome) -> None:
         out.print(f"registered  {version.model} version {version.version}: {version.uri}", soft_wrap=True)
         serve = f"mlflow models serve -m {version.uri} --env-manager local"
         path = f"PATH={Path(sys.executable).parent}:$PATH"  # MLflow looks for uvicorn there
-        out.print(f"serve it    {path} MLFLOW_TRACKING_URI={tracking_uri()} {serve}", soft_wrap=True, markup=False)
+        where = f"MLFLOW_TRACKING_URI={tracking_uri()} SLIMLINE_HOME={settings().home}"  # there: whose signatures count
+        out.print(f"serve it    {path} {where} {serve}", soft_wrap=True, markup=False)
     else:
         out.print(f"registered  nothing. {outcome.data.register_note}", soft_wrap=True, markup=False)
     out.print("pages       make up   (Prefect and MLflow in a browser)")

@@ -1,7 +1,7 @@
 """Registered model versions: what release teams promote and serve.
 
 A version holds the engine bundle and the code that runs it, so it loads in any process where the pinned libraries are
-installed.
+installed; and a signature over all of that, which is verified before any of it is parsed.
 """
 
 import logging
@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from infra.artifacts import fetch
+from infra.artifacts import fetch, new_directory
 from infra.hardware import versions
 from infra.locks import held
 from infra.settings import settings
+from infra.signing import (
+    SIGNATURE,
+    Facts,
+    Unverified,
+    check,
+    key_id,
+    sign,
+    signature_of,
+    signing_key,
+)
 from infra.tracking import Parent, StageResult, client, stage_run, stored_files
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
@@ -29,10 +40,12 @@ logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
 ACCEPT = "ACCEPT"
+BUNDLE = "bundle"
+"""What a served model finds the bundle's directory by, among its artifacts."""
 # fmt: off
 REQUIRED = (
     "mlflow", "torch", "transformers", "tokenizers", "compressed-tensors", "safetensors", "numpy", "pandas", "pydantic",
-    "onnxruntime", "openvino", "openvino-genai",
+    "pydantic-settings", "cryptography", "onnxruntime", "openvino", "openvino-genai",
 )
 # fmt: on
 """Distributions a served bundle may need; those installed here are written into the version with their versions."""
@@ -98,8 +111,9 @@ def register(
 
 
 def _find(model: str, sha256: str) -> "ModelVersion | None":
-    found = client().search_model_versions(f"name = '{model}' and tags.sha256 = '{sha256}'", max_results=1)
-    return found[0] if found else None
+    """The signed version of a bundle. One that an earlier Slimline registered without a signature loads nowhere."""
+    found = client().search_model_versions(f"name = '{model}' and tags.sha256 = '{sha256}'")
+    return next((version for version in found if "signed_by" in version.tags), None)
 
 
 def _create(
@@ -113,9 +127,7 @@ def _create(
     description: str,
     signature: "ModelSignature",
 ) -> "ModelVersion":
-    import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
 
     flow = client().get_run(parent.run_id).data.tags
     tags = {
@@ -126,6 +138,7 @@ def _create(
         "prefect.flow_run_id": flow.get("prefect.flow_run_id", ""),
         "recipe.sha256": flow.get("recipe.sha256", ""),
         "flow_run": parent.run_id,
+        "signed_by": key_id(signing_key().public_key()),
     }
     tags = {name: value for name, value in tags.items() if value}
     with stage_run(f"register {model}", parent, params={"model": model}, inputs=[bundle]) as run:
@@ -136,21 +149,15 @@ def _create(
             tags=tags,
             model_type="registered",
         )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)
-            Model.log(
-                artifact_path=None,
-                name=logged.name,
-                flavor=mlflow.pyfunc,
-                run_id=run.run_id,
-                model_id=logged.model_id,
-                python_model=str(python_model),
-                artifacts={"bundle": str(fetch(bundle.artifact))},
-                code_paths=[str(path) for path in code_paths],
-                signature=signature,
-                # Inferring them would load the model and ask the package index.
-                pip_requirements=_requirements(),
-            )
+        facts = Facts(
+            model=model,
+            sha256=bundle.artifact.sha256,
+            verdict=verdict,
+            git_commit=tags.get("git_sha", ""),
+            recipe_sha256=tags.get("recipe.sha256", ""),
+            flow_run=tags.get("prefect.flow_run_id", ""),
+        )
+        _write_model(logged, run.run_id, bundle, facts, python_model, code_paths, signature)
         try:
             client().create_registered_model(model)
         except MlflowException as error:
@@ -167,6 +174,49 @@ def _create(
         )
         run.set_tags({"registered_model": f"{model}/{version.version}"})
     return version
+
+
+def _write_model(
+    logged: "LoggedModel",
+    run_id: str,
+    bundle: StageResult,
+    facts: Facts,
+    python_model: Path,
+    code_paths: Sequence[Path],
+    signature: "ModelSignature",
+) -> None:
+    """The files of a version: as MLflow loads them, signed as they are."""
+    import mlflow.pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    folder = new_directory()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)
+            mlflow.pyfunc.save_model(
+                folder,
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location,
+                    model_uuid=logged.model_id,
+                    run_id=run_id,
+                    model_id=logged.model_id,
+                ),
+                python_model=str(python_model),
+                artifacts={BUNDLE: str(fetch(bundle.artifact))},
+                code_paths=[str(path) for path in code_paths],
+                signature=signature,
+                # Inferring them would load the model and ask the package index.
+                pip_requirements=_requirements(),
+            )
+        for cached in list(folder.rglob("__pycache__")):
+            shutil.rmtree(cached)
+        (folder / SIGNATURE).write_text(sign(folder, facts).model_dump_json())
+        client().log_model_artifacts(logged.model_id, str(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    client().log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+    client().finalize_logged_model(logged.model_id, "READY")
 
 
 def _requirements() -> list[str]:
@@ -256,22 +306,61 @@ def holds_bundle(uri: str) -> bool:
     return find_version(uri).tags.get("verdict") is not None
 
 
-def download_bundle(uri: str) -> Path:
-    """The engine bundle of a registered version, fetched once and kept under the home.
+def verified_bundle(model: str, version: str) -> Path:
+    """The engine bundle of a registered version; see `verified_version`."""
+    folder = verified_version(model, version)
+    return next(path for path in (folder / "artifacts").iterdir() if path.is_dir())
+
+
+def verified_version(model: str, version: str) -> Path:
+    """All files of a registered version, fetched once and kept below the home; every byte is verified at each call.
+
+    Its `signature.json` says what they are (`infra.signing.signature_of`, `check`).
+
+    Raises:
+        ValueError: there is no such version.
+        Unverified: it is unsigned, by a key that is not trusted, changed, or another version's. What of a copy here
+            was changed is fetched again first.
+    """
+    found = find_version(f"models:/{model}/{version}")
+    folder = settings().home / "versions" / f"{model}-{version}"
+    with held(folder.with_suffix(".lock")):
+        if folder.exists():
+            try:
+                return _verified(folder, found)
+            except Unverified as error:
+                logger.warning("fetching %s version %s again: %s", model, version, error)
+                shutil.rmtree(folder)
+        with TemporaryDirectory(dir=folder.parent) as partial:
+            fetched = _fetch(found, Path(partial) / "model")
+            _verified(fetched, found)
+            fetched.rename(folder)
+    return folder
+
+
+def _verified(folder: Path, version: "ModelVersion") -> Path:
+    try:
+        facts = check(folder, signature_of(folder)).facts
+    except Unverified as error:
+        raise Unverified(f"Version {version.version} of {version.name} must not be used. {error}") from None
+    if (facts.model, facts.sha256) != (version.name, version.tags.get("sha256")):
+        raise Unverified(
+            f"Version {version.version} of {version.name} must not be used: its files were signed as {facts.model} "
+            f"with the bundle {facts.sha256[:12]}, and the registry says {version.tags.get('sha256', 'none')[:12]}."
+        )
+    return folder
+
+
+def bundle_at(uri: str) -> Path:
+    """The verified engine bundle behind "models:/name@alias" or "models:/name/version"; see `verified_version`.
 
     Raises:
         ValueError: there is no such version, or it holds no bundle.
     """
     found = find_version(uri)
-    folder = settings().home / "bundles" / f"{found.name}-{found.version}-{found.tags.get('sha256', '')[:12]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as partial:
-            _fetch(found, Path(partial) / "model").rename(folder)
-    manifests = list(folder.rglob("manifest.json"))
-    if len(manifests) != 1:
-        raise ValueError(f"{uri} must hold one engine bundle; it holds {len(manifests)}. Name a version of a flow's.")
-    return manifests[0].parent
+    if "verdict" not in found.tags:
+        raise ValueError(f"{uri} must hold an engine bundle; it was not registered by a flow. Name one that was.")
+    return verified_bundle(found.name, str(found.version))
 
 
 def _fetch(version: "ModelVersion", out: Path) -> Path:

@@ -77,6 +77,17 @@ class Settings(BaseSettings):
     gpu_limit: str | None = Field(
         None, min_length=1, description="Prefect concurrency limit of which stages on a GPU take a slot, e.g. gpu-sm90."
     )
+    signing_key: SecretStr | None = Field(
+        None,
+        description="Ed25519 private key that registered versions are signed with: a PEM file, or the PEM itself; "
+        "default: one of the home, which is made.",
+    )
+    trusted_keys: str | None = Field(
+        None,
+        min_length=1,
+        description="Public keys whose signatures count when versions are loaded: a file of PEMs, or the PEMs "
+        "themselves; default: that of the key to sign with.",
+    )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
     @field_validator("store", "release_store")
@@ -165,7 +176,10 @@ def shared_environment() -> dict[str, str]:
 
     Prefect reads its own when it is imported, so they have to be there before.
     """
-    names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - {"SLIMLINE_REDIS_URL"}
+    names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - {
+        "SLIMLINE_REDIS_URL",
+        "SLIMLINE_SIGNING_KEY",
+    }
     names |= {*QUIET, "PREFECT_HOME", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "HF_HUB_OFFLINE"}
     names |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "THP_MEM_ALLOC_ENABLE"}
     return {

@@ -21,7 +21,7 @@ def register(
         parent=parent,
         verdict=verdict,
         python_model=ROOT / "tasks" / "serving.py",
-        code_paths=[ROOT / "tasks"],
+        code_paths=[ROOT / "tasks", ROOT / "infra"],
         tags=tags,
         description=description,
         gives_vectors=kind_at(fetch(bundle.artifact)) == "encoder",

@@ -1,6 +1,6 @@
 """What MLflow loads of a registered version: text after each prompt, or an encoder's vector of each text.
 
-MLflow runs this file by itself (models from code), wherever the version is loaded; `tasks` travels with it.
+MLflow runs this file by itself (models from code), wherever the version is loaded; `tasks` and `infra` travel with it.
 """
 
 from pathlib import Path
@@ -15,13 +15,20 @@ class Served(PythonModel):
     """Generates with an engine bundle, or encodes."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the engine, on as many threads as tuning found or else on all cores this process may use."""
+        """Load the engine, on as many threads as tuning found or else on all cores this process may use.
+
+        Raises:
+            infra.signing.Unverified: a file of the version is not as a trusted key signed it.
+        """
+        from infra.signing import check, signature_of
         from tasks.calibration.checkpoints import load_tokenizer
         from tasks.calibration.exported_families import kind_at
         from tasks.engines.compiling import load_generator, num_cores, runnable
         from tasks.engines.exported_bundle import load_for
 
         bundle = Path(context.artifacts["bundle"])
+        version = bundle.parents[1]
+        check(version, signature_of(version), imported=True)
         self.encoder: Any = None
         if kind_at(bundle) == "encoder":
             self.encoder = load_for(bundle, runnable(bundle, verify=True).engine, threads=num_cores())

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from flows.validating import plan_validation
+from infra.registry import bundle_at
+from infra.settings import settings
 from tests.flows.command_line import slimline
 
 INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "embeddings": {"bits": 8, "symmetric": True}}
@@ -146,14 +148,23 @@ def test_its_bundle_is_validated_against_the_original_with_defaults_of_its_kind(
     assert row["diagnosis"]["of"] == "worse"
 
 
-def test_its_registered_version_gives_vectors(encoder, home):
+@pytest.fixture
+def at_home(home, monkeypatch):
+    """This process has the home of the runs."""
+    monkeypatch.setenv("SLIMLINE_HOME", str(home))
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+@pytest.mark.usefixtures("at_home")
+def test_its_registered_version_gives_vectors(encoder):
     from tasks.engines.embedding import embed
     from tasks.engines.exported import load_exported
     from tasks.serving import Served
 
-    (bundle,) = [
-        path.parent for path in home.glob("artifacts/*/files/manifest.json") if _weights(path.parent) == "int8"
-    ]
+    bundle = bundle_at("models:/tiny-onnxruntime@candidate")
+    assert _weights(bundle) == "int8"
     served, texts = Served(), ["w10 w11 w12", "w13"]
     served.load_context(SimpleNamespace(artifacts={"bundle": str(bundle)}))
     vectors = served.predict(None, pd.DataFrame({"prompt": texts}))

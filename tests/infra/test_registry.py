@@ -14,6 +14,7 @@ import pytest
 from infra import registry
 from infra.artifacts import new_directory, publish
 from infra.settings import environment, settings
+from infra.signing import Unverified
 from infra.tracking import StageResult, client, lineage, stage_run, start_flow
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine, load_generator
@@ -21,7 +22,7 @@ from tasks.engines.text import Sampling
 from tests.infra.asking import ask, ask_json, unused_port, wait_until
 
 ROOT = Path(__file__).parents[2]
-CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks"]}
+CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks", ROOT / "infra"]}
 MODEL = "tiny"
 PROMPTS = ["def parse(", "The module"]
 
@@ -123,7 +124,7 @@ def test_a_fresh_process_elsewhere_generates_with_the_registered_engine(version,
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:mlflow", "-c", code, version.uri, json.dumps(PROMPTS)],
         cwd=tmp_path,
-        env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}", PYTHONPATH=None),
+        env=elsewhere(home),
         capture_output=True,
         text=True,
         check=False,
@@ -145,7 +146,7 @@ def test_mlflow_models_serve_answers_with_generated_text(version, expected, home
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *serve],
             cwd=tmp_path,
-            env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}", PYTHONPATH=None, PATH=path),
+            env=elsewhere(home, PATH=path),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -204,17 +205,77 @@ def logged_files(name, parent, directory, inside) -> str:
 
 
 def test_the_bundle_of_a_version_is_fetched_once_and_answers(version, expected):
-    bundle = registry.download_bundle(f"models:/{MODEL}/{version.version}")
+    bundle = registry.verified_bundle(MODEL, version.version)
     generator = load_generator(bundle, threads=1)
     prompts = [generator.encode(prompt) for prompt in PROMPTS]
     answers, _ = generator.answer(prompts, Sampling(max_new_tokens=8))
     assert [answer.text for answer in answers] == expected
-    (bundle / "mark").touch()
-    assert (
-        registry.download_bundle(version.uri) / "mark"
-    ).exists()  # by its alias: the same version, not fetched again
+    found = (bundle / "manifest.json").stat()
+    assert registry.bundle_at(version.uri) == bundle
+    assert (bundle / "manifest.json").stat().st_ctime_ns == found.st_ctime_ns  # not fetched again
     with pytest.raises(ValueError, match="There is no models:/nothing@candidate"):
-        registry.download_bundle("models:/nothing@candidate")
+        registry.bundle_at("models:/nothing@candidate")
+
+
+def test_a_damaged_copy_of_a_version_is_fetched_again(version, bundle):
+    copy = registry.verified_bundle(MODEL, version.version)
+    flip_a_bit(copy / "manifest.json")
+    assert registry.verified_bundle(MODEL, version.version) == copy
+    assert (copy / "manifest.json").read_bytes() == (bundle.artifact.path / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["artifacts/files/manifest.json", "code/tasks/serving.py", "MLmodel"])
+def test_a_version_that_was_changed_in_the_store_is_refused_whatever_was_changed(version, where):
+    stored = in_the_store(version)
+    flip_a_bit(stored / where)
+    shutil.rmtree(settings().home / "versions", ignore_errors=True)
+    try:
+        with pytest.raises(Unverified, match=f"Version 1 of tiny must not be used. File {where} of .* was changed"):
+            registry.bundle_at(version.uri)
+    finally:
+        flip_a_bit(stored / where)
+    assert registry.bundle_at(version.uri).is_dir()
+
+
+def test_a_served_version_that_was_changed_is_not_loaded(version):
+    flip_a_bit(in_the_store(version) / "artifacts/files/tokenizer.json")
+    try:
+        with pytest.raises(Unverified, match=r"File artifacts/files/tokenizer.json of .* was changed after"):
+            mlflow.pyfunc.load_model(version.uri)
+    finally:
+        flip_a_bit(in_the_store(version) / "artifacts/files/tokenizer.json")
+
+
+def test_files_of_another_version_are_not_taken_for_this_one(version, parent):
+    """Whoever may write to the registry points a version at files that were signed as another's."""
+    source = client().get_model_version(MODEL, version.version)
+    client().create_registered_model("other")
+    client().create_model_version("other", source=source.source, tags=source.tags)
+    with pytest.raises(Unverified, match="were signed as tiny with the bundle"):
+        registry.bundle_at("models:/other/1")
+
+
+def in_the_store(version: registry.Version) -> Path:
+    model = client().get_logged_model(client().get_model_version(version.model, version.version).tags["model_id"])
+    return Path(model.artifact_location.removeprefix("file://"))
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+
+
+def elsewhere(home: Path, **changes: str) -> dict[str, str]:
+    """The environment of a process that knows where the registry is and whose signatures count, and nothing else."""
+    return environment(
+        MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}",
+        SLIMLINE_HOME=None,
+        SLIMLINE_TRUSTED_KEYS=str(home / "keys" / "trusted.pem"),
+        PYTHONPATH=None,
+        **changes,
+    )
 
 
 def answers(server: subprocess.Popen[bytes], log: Path, port: int) -> bool:
