@@ -84,12 +84,14 @@ def run(
     with _told():
         _connect()
         chosen = _load(recipe, source)
-        from flows.optimize import optimize
-        from flows.outcome import show
-        from infra.services import start_inner_server
+        from infra.services import begin_inner_server
 
         _end_orderly()
-        start_inner_server()
+        wait_for_server = begin_inner_server()
+        from flows.optimize import optimize
+        from flows.outcome import show
+
+        wait_for_server()
         outcome = optimize(chosen)
         show(outcome)
     if not outcome.accepted and chosen.validation.limits.metrics():

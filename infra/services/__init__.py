@@ -4,7 +4,7 @@
 """
 
 from infra.services.addresses import Addresses, Database, Services, addresses, for_clients, running
-from infra.services.inner_server import start_inner_server
+from infra.services.inner_server import begin_inner_server, start_inner_server
 from infra.services.processes import ProcessId, end_orphans, run_mark
 from infra.services.stack import down, up
 
@@ -14,6 +14,7 @@ __all__ = [
     "ProcessId",
     "Services",
     "addresses",
+    "begin_inner_server",
     "down",
     "end_orphans",
     "for_clients",

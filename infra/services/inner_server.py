@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from infra.locks import held
@@ -14,18 +15,51 @@ from infra.settings import settings
 STOP_TIMEOUT_S = 15.0
 
 
+def begin_inner_server() -> Callable[[], None]:
+    """Begin to start the Prefect server inside this process's flows, if they use one. Call the result before the first.
+
+    It takes as long as the imports that a flow needs, and may do so beside them.
+
+    Raises:
+        RuntimeError: from the result: the server did not start.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return lambda: None
+    failures: list[Exception] = []
+
+    def start() -> None:
+        try:
+            _start()
+        except Exception as error:  # noqa: BLE001  raised where it is waited for
+            failures.append(error)
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+
+    def wait() -> None:
+        starting.join()
+        if failures:
+            raise failures[0]
+
+    return wait
+
+
 def start_inner_server() -> None:
-    """Start the Prefect server inside this process's flows, if they use one, so that Ctrl-C does not reach it.
+    """The same, and wait for it."""
+    begin_inner_server()()
+
+
+def _start() -> None:
+    """Start it so that Ctrl-C does not reach it.
 
     A terminal sends SIGINT to all processes in the foreground. Without its server the flow cannot record how it ended:
     Prefect then waits for a minute and prints what it could not send. A blocked signal stays blocked in a child; the
     server ends by SIGTERM, which Prefect sends when this process exits.
     """
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL
 
-    if PREFECT_API_URL.value():
-        return
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     server = SubprocessASGIServer()
     try:

@@ -311,6 +311,7 @@ def train(
     student.to("cpu").eval()
     if run.is_world_process_zero():
         save(student)
+    _end_together()
     return TrainingSummary(
         num_parameters=num_parameters,
         teacher_num_parameters=teacher_num_parameters,
@@ -330,6 +331,15 @@ def train(
         elapsed_s=history[-1]["elapsed_s"],
         curve=_curve(steps, perplexities),
     )
+
+
+def _end_together() -> None:
+    """Let the processes of torchrun part: not before the model is saved, and without threads that would abort them."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _arguments(training: Training, seed: int, work_dir: Path, precision: str) -> "TrainingArguments":

@@ -8,6 +8,7 @@ import pytest
 from infra import artifacts
 from infra.artifacts import CorruptArtifact, exists, new_directory, publish, verify
 from infra.settings import Settings
+from tests.infra.made import directory as directory_of
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +17,7 @@ def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def directory(**contents: str) -> Path:
-    out = new_directory()
-    for name, text in contents.items():
-        (out / name).write_text(text)
-    return out
+    return directory_of(**{name: text.encode() for name, text in contents.items()})
 
 
 def test_the_same_contents_give_the_same_artifact_stored_once():

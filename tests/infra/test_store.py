@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,12 +14,13 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from infra import artifacts, s3
-from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, files, new_directory, publish, verify
+from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, files, publish, verify
 from infra.caching import StoredResults, cache_key, earlier_result
 from infra.failures import InfrastructureError
 from infra.settings import settings
 from infra.tracking import StageResult
 from tasks.checkpoint import import_checkpoint
+from tests.infra.made import bytes_of, directory
 
 pytestmark = pytest.mark.servers
 
@@ -53,17 +53,6 @@ def sent(client) -> list[tuple[str, str, int]]:
 
     client.meta.events.register("before-send.s3", note)
     return found
-
-
-def bytes_of(seed: int, size: int) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def directory(**contents: bytes) -> Path:
-    out = new_directory()
-    for name, content in contents.items():
-        (out / name).write_bytes(content)
-    return out
 
 
 def contents(where: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 import re
 import signal
 import subprocess
@@ -15,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from infra import s3
-from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, new_directory, publish, verify
+from infra.artifacts import Artifact, CorruptArtifact, exists, fetch, publish, verify
 from infra.caching import earlier_result
 from infra.settings import settings
 from tasks.checkpoint import import_checkpoint
 from tests.infra.fault_proxy import Answer, Corrupt, Cut, Exchange, Fault, FaultProxy, Slow, Truncate, fault_proxy
+from tests.infra.made import bytes_of, directory
 
 pytestmark = pytest.mark.servers
 
@@ -58,14 +58,7 @@ def machine(monkeypatch, tmp_path) -> Callable[..., Path]:
 
 
 def weights(seed: int = 0, size: int = SIZE) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def directory(**contents: bytes) -> Path:
-    out = new_directory()
-    for name, content in contents.items():
-        (out / name).write_bytes(content)
-    return out
+    return bytes_of(seed, size)
 
 
 def nothing_half_written(home: Path) -> bool:

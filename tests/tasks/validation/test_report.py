@@ -527,7 +527,14 @@ def encoders(data) -> ReportData:
         judgement=judge(limits, figures, metrics),
     )
     spread = Distribution(subject="int8/openvino", metric="latency_ms", num=5, values=(9.8, 9.9, 10.0, 10.1, 10.2))
-    told = {"reference": None, "rows": (row,), "speed": speed, "metrics": metrics, "distributions": (spread,)}
+    told = {
+        "kind": "encoder",
+        "reference": None,
+        "rows": (row,),
+        "speed": speed,
+        "metrics": metrics,
+        "distributions": (spread,),
+    }
     return data.model_copy(update={**told, "quantized": (), "curves": ()})
 
 
