@@ -25,7 +25,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic_core import to_jsonable_python
 
 from infra import services
-from infra.artifacts import Artifact
+from infra.artifacts import Artifact, remove_abandoned
 from infra.failures import silent_server
 from infra.hardware import hardware, versions
 from infra.locks import held
@@ -271,7 +271,7 @@ def start_flow(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Paren
     """The run of this flow run: found by its tag prefect.flow_run_id when it is retried or resumed, else created.
 
     Records the recipe, the hardware, library versions and the code's git commit. Runs whose process died without a
-    word (SIGKILL, power) are marked KILLED on the way.
+    word (SIGKILL, power) are marked KILLED on the way, and what they left half written is removed.
     """
     experiment = experiment_id()
     tags = {
@@ -288,6 +288,7 @@ def start_flow(name: str, *, recipe_json: str, tags: Mapping[str, str]) -> Paren
     if url := tags.get("prefect.flow_run_url"):
         tags["mlflow.note.content"] = f"Prefect flow run: [{url}]({url})"
     _close_dead_flows(experiment)
+    remove_abandoned()
     parent = _find_flow(experiment, tags.get("prefect.flow_run_id"))
     if parent is not None:
         kill_running_children(parent)

@@ -45,7 +45,7 @@ class Addresses(BaseModel, frozen=True):
 
 
 class Services(Addresses, frozen=True):
-    """Running services. `pid` is their supervisor's, and of its process group and session."""
+    """Running services. `pid` is their supervisor's, and of their session."""
 
     pid: int
     database: Database

@@ -1,4 +1,4 @@
-"""Starts the services of a home, waits until each answers a real request, and ends all of them when one dies.
+"""Starts the services of a home, waits until each answers a real request, and starts again what dies.
 
 `up` runs it as `python -m infra.services.supervisor PLAN`, in a session of its own.
 """
@@ -32,6 +32,9 @@ from infra.settings import environment
 logger = logging.getLogger(__name__)
 
 PR_SET_CHILD_SUBREAPER = 36
+MAX_DEATHS = 5
+"""Of one program within `DEATHS_WITHIN_S`; with one more the rest ends, so that somebody looks at it."""
+DEATHS_WITHIN_S = 600.0
 
 
 class Stop(Exception):
@@ -45,6 +48,7 @@ class Supervisor:
         self.plan = plan
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.programs: dict[str, Program] = {}
+        self.deaths: dict[str, list[float]] = {}
         self.stopping: str | None = None
         self.deadline = time.monotonic() + plan.timeout_s
         self.awaited = "nothing"
@@ -80,9 +84,25 @@ class Supervisor:
         self.wait_until(Probe("worker", f"{api}/work_pools/{POOL}/workers/filter", online))
 
     def start(self, program: Program) -> None:
-        """Start it; from now on its end is everybody's end."""
+        """Start it; from now on its end is everybody's end, and once all are ready it is started again."""
         self.children[program.name] = self._popen(program)
         self.programs[program.name] = program
+
+    def start_again(self, name: str, code: int) -> None:
+        """In place of a program that has died.
+
+        Raises:
+            Stop: it dies too often.
+        """
+        why = self._why(name, code)
+        now = time.monotonic()
+        self.deaths[name] = [then for then in self.deaths.get(name, []) if now - then < DEATHS_WITHIN_S] + [now]
+        if len(self.deaths[name]) > MAX_DEATHS:
+            raise Stop(f"{why} That was the {len(self.deaths[name])}th time in {DEATHS_WITHIN_S / 60:.0f} minutes.")
+        with contextlib.suppress(ProcessLookupError):  # its own children may hold its port
+            os.killpg(self.children[name].pid, signal.SIGKILL)
+        logger.info("%s It is started again.", why)
+        self.children[name] = self._popen(self.programs[name], how="ab")
 
     def once(self, program: Program) -> None:
         """Returns when it has done its work.
@@ -107,8 +127,8 @@ class Supervisor:
         self.check()
         return code
 
-    def _popen(self, program: Program) -> "subprocess.Popen[bytes]":
-        with log_file(self.plan.home, program.name).open("wb") as log:
+    def _popen(self, program: Program, how: Literal["wb", "ab"] = "wb") -> "subprocess.Popen[bytes]":
+        with log_file(self.plan.home, program.name).open(how) as log:
             return subprocess.Popen(
                 list(program.command),
                 stdin=subprocess.DEVNULL,
@@ -116,26 +136,33 @@ class Supervisor:
                 stderr=log,
                 cwd="/" if program.user else ROOT,  # another user need not be let into the checkout
                 env=environment(**program.variables),
+                process_group=0,
                 **program.user,
             )
 
     def check(self) -> None:
-        """Raises Stop when asked to, when `up` went away before it was done, too late, or when a child has died."""
+        """Starts again what has died; before all are ready that is an end, too.
+
+        Raises:
+            Stop: asked to, `up` went away before it was done, it is too late, or a program dies.
+        """
         if self.stopping:
             raise Stop(self.stopping)
         if not self.detached and select.select([sys.stdin], [], [], 0)[0]:
             if not sys.stdin.readline():
                 raise Stop("whoever started the services went away before they were ready.")
             self.detached = True
-        for name, child in self.children.items():
+        for name, child in [*self.children.items()]:
             if (code := child.poll()) is not None:
-                raise Stop(self._why(name, code))
+                if not self.ready:
+                    raise Stop(self._why(name, code))
+                self.start_again(name, code)
         if not self.ready and time.monotonic() > self.deadline:
             raise Stop(f"{self.awaited} was not ready after {self.plan.timeout_s:.0f} s.")
 
     def _why(self, name: str, code: int) -> str:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"{name} ended with {how}: {telling_line(log_file(self.plan.home, name))}"
+        return f"{name} ended with {how}: {telling_line(log_file(self.plan.home, name)).rstrip('.')}."
 
     def wait_until(self, probe: "Probe") -> None:
         """Returns when the probe is satisfied."""

@@ -27,9 +27,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.conftest import write_tiny_checkpoint  # noqa: E402
+from tests.flows.recipes import ONNXRUNTIME, RTN_8, data  # noqa: E402
 
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
-ONNXRUNTIME = {"engine": "onnxruntime", "precision": "float32"}
 RUN = """
 import json, sys, time
 began = time.monotonic()
@@ -121,25 +120,17 @@ def small(*, number: int, out: Path) -> Done:
 
 def recipe(source: Path) -> dict:
     """The shape of the default recipe: distillation, pruning, quantization, two engines, speed."""
-    int8 = {"method": "rtn", "weights": {"bits": 8}}
     training = {"max_steps": 20, "batch_size": 4, "gradient_accumulation_steps": 1}
     return {
         "name": "orchestration",
         "source": str(source),
-        "data": {
-            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-            "sequence_length": 64,
-            "evaluation_window": 64,
-            "num_training_tokens": 20_000,
-            "num_calibration_sequences": 16,
-            "num_evaluation_windows": 12,
-        },
+        "data": data(training_tokens=20_000, calibration=16, windows=12),
         "candidates": {
-            "int8": {"quantization": int8},
+            "int8": {"quantization": RTN_8},
             "int4": {"quantization": {"method": "gptq"}, "engines": [ONNXRUNTIME]},
             "student": {
                 "distillation": {"student": {"layers": 2}, "training": training},
-                "quantization": int8,
+                "quantization": RTN_8,
                 "engines": [ONNXRUNTIME],
             },
         },

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
 
 
 def slimline(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,13 @@
 """Random SIGKILLs over many short flow runs, and what is left afterwards, counted.
 
-    python -m tests.flows.kills --kills 200 --seed 0
+    python -m tests.flows.kills --kills 200 --on-stack 70 --seed 0
 
-Every run is a real one of the tiny model through the command line. At random moments random processes of it are
-killed: the flow, a stage, the fork server that stages come from, Prefect's server, or all of them at once, as when the
-power goes. What was killed is started again until the run completes. Moments and victims are drawn with the seed; which
-line of code they hit is the machine's affair.
+Every run is a real one of the tiny model. Some are started by the command line, as without any server; in the lane "on
+the stack" they are asked for by Prefect's API and run by the worker of `slimline up`, with files in its S3 server. At
+random moments, most of them while a stage runs, random processes are killed: the flow, a stage, a training, the fork
+server that stages come from, a server, the store, the worker, the supervisor, or all at once, as when the power goes.
+What no supervisor starts again is started again as a person would, until the run completes. Moments and victims are
+drawn with the seed; which line of code they hit is the machine's affair.
 """
 
 import argparse
@@ -24,43 +26,42 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import yaml
 
-ROOT = Path(__file__).parents[2]
-VICTIMS = {"flow": 4, "stage": 4, "fork server": 1, "Prefect server": 2, "everything": 2}
-"""What is killed, and how often relative to each other."""
-MAX_KILLS_PER_RUN = 3
-MAX_STARTS = 12
-STDLIB = {"corpus": "stdlib", "content": "documentation"}
+from infra.services import addresses, running
+from infra.services.programs import Plan, artifact_store
+from tests.flows.command_line import ROOT
+from tests.flows.recipes import RTN_8, data, short
+from tests.infra.asking import ask_json, wait_until
+
+KILLS_PER_RUN = (4, 14)
+"""So many, drawn anew for each run; one that is faster than its kills completes with fewer."""
+MAX_STARTS = 15
+BETWEEN_KILLS_S = 4.0
+DURING_STAGES = 0.9
+"""Of the kills; the others may hit imports, or what lies between stages."""
+LOST_S = 300.0
+"""After which a run that nobody runs, and that nobody says so of, is stuck: three times what docs promise."""
+OF_RUNS = {"flow": 3, "stage": 5, "trainer": 3, "fork server": 2, "Prefect server in the run": 1, "everything": 1}
+"""What is killed, where it is there, and how often relative to each other."""
 
 
 def recipe(source: Path, seed: int) -> dict:
-    """Eight short stages and a registration; another seed makes all but the first again."""
-    return {
-        "name": "kills",
-        "source": str(source),
-        "seed": seed,
-        "data": {
-            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-            "sequence_length": 64,
-            "evaluation_window": 64,
-            "num_training_tokens": 0,
-            "num_calibration_sequences": 4,
-            "num_evaluation_windows": 8,
-        },
-        "candidates": {"int8": {"quantization": {"method": "rtn", "weights": {"bits": 8}}}},
-        "engines": [{"engine": "onnxruntime", "precision": "float32"}],
-        "validation": {
-            "quality": {"num_greedy_prompts": 2, "greedy_tokens": 4},
-            "speed": None,
-            "limits": {"perplexity": {"max_degradation_percent": 1000}},
-            "if_inconclusive": {"max_rounds": 0},
-        },
-        "execution": {"retries": {"first_delay_s": 0.1}},
-        "register_as": "kills",
-    }
+    """A training among short stages, and a registration; another seed makes all but the first stage again."""
+    training = {"max_steps": 40, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 4}
+    student = {"distillation": {"student": {"layers": 2}, "training": training}, "quantization": RTN_8}
+    return short(
+        "kills",
+        source,
+        seed=seed,
+        data=data(training_tokens=20_000),
+        candidates={"int8": {"quantization": RTN_8}, "student": student},
+        # Killed more often than anybody would go on by default
+        execution={"retries": {"first_delay_s": 0.1, "crash": 10, "out_of_memory": 10}},
+    )
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Found:
     corrupt: list[str] = field(default_factory=list)
     registered_twice: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
-    locks: list[str] = field(default_factory=list)
+    slots: list[str] = field(default_factory=list)
     run_again: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
@@ -89,20 +90,31 @@ class Found:
 
     def faults(self) -> dict[str, list[str]]:
         """What must not be."""
-        names = ("incomplete", "corrupt", "registered_twice", "orphans", "locks", "run_again", "left")
+        names = ("incomplete", "corrupt", "registered_twice", "orphans", "slots", "run_again", "left")
         return {name: getattr(self, name) for name in names}
 
     def said(self) -> str:
         """The counts, a line each."""
         kills = ", ".join(f"{count} {victim}" for victim, count in self.kills.most_common())
+        titles = {
+            "incomplete": "runs that did not complete",
+            "corrupt": "corrupt artifacts",
+            "registered_twice": "registered twice",
+            "orphans": "orphan processes",
+            "slots": "locks and slots not given back",
+            "run_again": "finished stages run again",
+            "left": "other remains",
+        }
         lines = [f"{self.kills.total()} SIGKILLs ({kills})", f"{self.runs} runs, started {self.starts} times"]
         lines += [f"{self.stages} stages computed"]
-        lines += [f"{name.replace('_', ' ')}: {len(faults)}" for name, faults in self.faults().items()]
+        lines += [f"{titles[name]}: {len(faults)}" for name, faults in self.faults().items()]
         return "\n".join(lines)
 
 
 class Lane:
-    """Runs one after the other in a home of their own, disturbed by kills."""
+    """Runs one after the other in a home of their own, disturbed by kills; by the command line, without servers."""
+
+    victims: ClassVar = OF_RUNS
 
     def __init__(self, home: Path, source: Path, seed: int) -> None:
         self.home, self.source = home.resolve(), source
@@ -110,43 +122,65 @@ class Lane:
         self.found = Found()
         self.first_seed = 1000 * seed
         self.home.mkdir(parents=True, exist_ok=True)
-        self.run_s = 20.0  # that the last start took until it completed: in which kills fall
+        self.process: subprocess.Popen[bytes] | None = None
 
     def disturb(self, kills: int) -> Found:
         """As many kills, over as many runs as that takes; then what is left."""
-        while self.found.kills.total() < kills:
-            self.one_run(min(self.random.randint(1, MAX_KILLS_PER_RUN), kills - self.found.kills.total()))
+        while (missing := kills - self.found.kills.total()) > 0:
+            self.one_run(min(self.random.randint(*KILLS_PER_RUN), missing))
         self.look()
         return self.found
 
     def one_run(self, kills: int) -> None:
         """A run that is killed `kills` times at most, and completes."""
         self.found.runs += 1
-        file = self.home / f"recipe-{self.found.runs}.yaml"
-        file.write_text(yaml.safe_dump(recipe(self.source, self.first_seed + self.found.runs)))
-        for _ in range(MAX_STARTS):
+        number = self.found.runs
+        content = recipe(self.source, self.first_seed + number)
+        for attempt in range(MAX_STARTS):
             self.found.starts += 1
-            with (self.home / "said.txt").open("ab") as said:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "flows.cli", "run", str(file)],
-                    cwd=ROOT,
-                    env=self.environment(),
-                    stdout=said,
-                    stderr=said,
-                    start_new_session=True,
-                )
-            started_at = time.monotonic()
-            while kills and process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(self.random.uniform(0.2, self.run_s))
-                if process.poll() is None and self.kill(process.pid):
-                    kills -= 1
-            if process.wait() == 0:
-                self.run_s = time.monotonic() - started_at
+            self.start(number, content, again=attempt > 0)
+            while (completed := self.completed()) is None:
+                if kills and self.waited_for_a_moment():
+                    kills -= self.kill()
+                else:
+                    time.sleep(0.3)
+            if completed:
                 break
         else:
-            self.found.incomplete.append(f"{file} after {MAX_STARTS} starts")
-        self.found.orphans += [f"{file}: {process}" for process in self.orphans()]
+            self.found.incomplete.append(f"run {number} after {MAX_STARTS} starts")
+        self.found.orphans += [f"run {number}: {process}" for process in self.orphans()]
+
+    def start(self, number: int, content: dict, *, again: bool) -> None:
+        """Start the run, or go on with it."""
+        file = self.home / f"recipe-{number}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        self.process = self.slimline("run", str(file))
+
+    def completed(self) -> bool | None:
+        """Whether the run completed; None while it runs."""
+        assert self.process
+        code = self.process.poll()
+        return None if code is None else code == 0
+
+    def waited_for_a_moment(self) -> bool:
+        """Wait for the moment of the next kill; whether there is still a run to disturb then."""
+        during_a_stage = self.random.random() < DURING_STAGES
+        time.sleep(self.random.uniform(0.2, BETWEEN_KILLS_S))
+        while during_a_stage and self.completed() is None and not {"stage", "trainer"} & self.present().keys():
+            time.sleep(0.1)
+        return self.completed() is None
+
+    def slimline(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """A command, started; what it says is in the home."""
+        with (self.home / "said.txt").open("ab") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", *arguments],
+                cwd=ROOT,
+                env=self.environment(),
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
 
     def environment(self) -> dict[str, str]:
         """Of the runs."""
@@ -162,23 +196,39 @@ class Lane:
                     found.append(process)
         return found
 
+    def present(self) -> dict[str, list[psutil.Process]]:
+        """What runs, by its role."""
+        found: dict[str, list[psutil.Process]] = {}
+        for process in self.processes():
+            if name := role(process):
+                if name == "stage" and any((self.home / "work").glob("distill-*")):
+                    name = "trainer"
+                found.setdefault(name, []).append(process)
+        return found
+
     def orphans(self) -> list[str]:
         """What still runs after a run that completed; Python's own helpers need a moment to notice."""
         deadline = time.monotonic() + 15
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while (left := self.of_runs()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return [str(process) for process in left]
 
-    def kill(self, flow: int) -> bool:
+    def of_runs(self) -> list[psutil.Process]:
+        """Processes that belong to runs."""
+        return self.processes()
+
+    def kill(self) -> bool:
         """Kill one victim, or all; whether there was one to kill."""
-        victim = self.random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-        chosen = [process for process in self.processes() if victim in ("everything", role(process, flow))]
-        if not chosen:
+        present = self.present()
+        if not present:
             return False
-        for process in chosen:
+        weights = {name: weight for name, weight in self.victims.items() if name in (*present, "everything")}
+        victim = self.random.choices(list(weights), list(weights.values()))[0]
+        for process in self.processes() if victim == "everything" else present[victim]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 os.kill(process.pid, signal.SIGKILL)
         self.found.kills[victim] += 1
+        say(f"{self.home.name}: kill {self.found.kills.total()}, {victim}, in run {self.found.runs}")
         return True
 
     def look(self) -> None:
@@ -186,41 +236,146 @@ class Lane:
         report = subprocess.run(
             [sys.executable, "-m", "tests.flows.kills", "--look"],
             cwd=ROOT,
-            env=self.environment(),
+            env={**self.environment(), **self.store()},
             capture_output=True,
             text=True,
         )
         assert report.returncode == 0, report.stderr
         for name, found in json.loads(report.stdout.splitlines()[-1]).items():
-            setattr(self.found, name, found)
+            setattr(self.found, name, getattr(self.found, name) + found)
+
+    def store(self) -> dict[str, str]:
+        """Variables that say where artifacts are."""
+        return {}
 
 
-def role(process: psutil.Process, flow: int) -> str | None:
-    """What a process of a run is, by its place in the tree."""
-    try:
-        words, parent = " ".join(process.cmdline()), process.ppid()
-        if process.pid == flow:
-            return "flow"
-        if "prefect.server" in words:
-            return "Prefect server"
-        if "forkserver" in words:
-            return "fork server" if parent == flow else "stage"
-    except psutil.Error:
-        pass
+class Stack(Lane):
+    """Runs by the worker of `slimline up`."""
+
+    victims: ClassVar = OF_RUNS | {"S3": 3, "MLflow": 3, "Prefect": 3, "worker": 2, "supervisor": 1}
+
+    def __init__(self, home: Path, source: Path, seed: int) -> None:
+        super().__init__(home, source, seed)
+        self.run: str | None = None
+        self.silent_since: float | None = None
+
+    def disturb(self, kills: int) -> Found:
+        try:
+            self.up()
+            super().disturb(kills)
+            self.found.slots += self.slots()
+        finally:
+            self.slimline("down").wait()
+        self.found.orphans += [f"after down: {process}" for process in self.processes()]
+        return self.found
+
+    def up(self) -> None:
+        """As a person would, until it runs."""
+        while not running(self.home):
+            assert self.slimline("up").wait() == 0, (self.home / "said.txt").read_text()[-2000:]
+            self.api = addresses(self.home).prefect_api_url
+
+    def ask(self, path: str, body: object = None) -> Any:
+        return wait_until(lambda: ask_json(f"{self.api}/{path}", body), what=path)
+
+    def start(self, number: int, content: dict, *, again: bool) -> None:
+        self.silent_since = None
+        if again:  # the page's Retry
+            state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+            self.ask(f"flow_runs/{self.run}/set_state", {"state": state, "force": True})
+            return
+        deployment = self.ask("deployments/name/optimize/optimize")["id"]
+        asked = {"parameters": {"recipe": content}, "idempotency_key": str(number)}
+        self.run = self.ask(f"deployments/{deployment}/create_flow_run", asked)["id"]
+
+    def completed(self) -> bool | None:
+        if not running(self.home):
+            self.up()
+        try:
+            name = ask_json(f"{self.api}/flow_runs/{self.run}")["state"]["name"]
+        except (OSError, ValueError):  # it is being started again
+            return None
+        if name == "Completed":
+            return True
+        if name in ("Failed", "Crashed", "TimedOut"):
+            say(f"{self.home.name}: run {self.found.runs} is {name}")
+            return False
+        if self.present().keys() & OF_RUNS.keys():
+            self.silent_since = None
+        elif self.silent_since is None:
+            self.silent_since = time.monotonic()
+        elif time.monotonic() - self.silent_since > LOST_S:
+            self.found.incomplete.append(f"run {self.found.runs} stays {name}, and nothing of it runs")
+            return False
+        return None
+
+    def of_runs(self) -> list[psutil.Process]:
+        servers = [process for name, found in self.present().items() if name not in OF_RUNS for process in found]
+        theirs = {*servers}
+        for process in servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if role(process) != "supervisor":
+                    theirs |= {each for each in process.children(recursive=True) if role(each) not in OF_RUNS}
+        return [process for process in self.processes() if process not in theirs]
+
+    def slots(self) -> list[str]:
+        """Concurrency slots that nobody holds any more; leases last for a minute."""
+
+        def taken() -> list[str]:
+            limits = self.ask("v2/concurrency_limits/filter", {}) or []
+            return [f"{limit['name']}: {limit['active_slots']:g}" for limit in limits if limit["active_slots"]]
+
+        deadline = time.monotonic() + 90
+        while (found := taken()) and time.monotonic() < deadline:
+            time.sleep(1)
+        return found
+
+    def store(self) -> dict[str, str]:
+        ports = json.loads((self.home / "ports.json").read_text())
+        variables = artifact_store(Plan(home=self.home, ports=ports, timeout_s=1))
+        return {name: value for name, value in variables.items() if value}
+
+
+def role(process: psutil.Process) -> str | None:
+    """What a process is, by its command and its parent's."""
+    told = {
+        "infra.services.supervisor": "supervisor",
+        "weed server": "S3",
+        "-m mlflow server": "MLflow",
+        "-m prefect server start": "Prefect",
+        "-m prefect worker start": "worker",
+        "prefect.server.api.server": "Prefect server in the run",
+        "flows.cli run": "flow",
+        "-m prefect.engine": "flow",
+    }
+    with contextlib.suppress(psutil.Error):
+        words = " ".join(process.cmdline())
+        if "multiprocessing.forkserver" in words:
+            parent = process.parent()
+            is_stage = parent is not None and "multiprocessing.forkserver" in " ".join(parent.cmdline())
+            return "stage" if is_stage else "fork server"
+        return next((name for part, name in told.items() if part in words), None)
     return None
 
 
 def look() -> dict[str, object]:
     """What is left in the home of this process: by the names of `Found`."""
+    from infra import s3
     from infra.artifacts import Artifact, CorruptArtifact, verify
     from infra.settings import settings
     from infra.tracking import client, experiment_id
 
-    home = settings().home
+    home, store = settings().home, settings().store
+    places = [place.as_uri() for place in (home / "artifacts").glob("*")]
+    if store:
+        manifests = [name for name, _ in s3._objects(f"{store}/artifacts")]
+        assert manifests
+        places = [f"{store}/artifacts/{name}" for name in manifests]
     corrupt = []
-    for place in (home / "artifacts").iterdir():
+    for place in places:
         try:
-            verify(Artifact(uri=place.as_uri(), sha256=place.name, size_bytes=0))
+            sha256 = place.rpartition("/")[2].removesuffix(".json")
+            verify(Artifact(uri=place, sha256=sha256, size_bytes=0))
         except CorruptArtifact as error:
             corrupt.append(str(error))
     versions = client().search_model_versions("name = 'kills'")
@@ -242,15 +397,15 @@ def look() -> dict[str, object]:
         computing = [run for run in attempts if (home / "logs" / f"{run.info.run_id}.log").exists()]
         stages += len(computing)
         run_again += [f"{key}: {run.info.run_name}" for run in computing if ended and run.info.start_time >= min(ended)]
-    running = client().search_runs([experiment_id()], "attributes.status = 'RUNNING'")
-    left = [f"{run.info.run_name} is RUNNING in MLflow" for run in running]
+    still = client().search_runs([experiment_id()], "attributes.status = 'RUNNING'")
+    left = [f"{run.info.run_name} ({run.info.run_id}) is RUNNING in MLflow" for run in still]
     left += [str(path) for name in ("work", "computed", "scratch") for path in (home / name).glob("*")]
     return {
         "corrupt": corrupt,
         "registered_twice": [sha256 for sha256, count in by_content.items() if count > 1],
         "run_again": run_again,
         "stages": stages,
-        "locks": [str(path) for path in [*(home / "locks").iterdir(), home / "machine"] if is_locked(path)],
+        "slots": [str(path) for path in [*(home / "locks").iterdir(), home / "machine"] if is_locked(path)],
         "left": left,
     }
 
@@ -265,18 +420,41 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-def disturb(source: Path, home: Path, kills: int, seed: int, lanes: int) -> Found:
-    """`kills` of them over `lanes` lanes side by side, each with a home below `home`."""
-    share = [kills // lanes + (lane < kills % lanes) for lane in range(lanes)]
-    running = [Lane(home / f"lane-{lane}", source, seed * lanes + lane) for lane in range(lanes)]
-    threads = [threading.Thread(target=lane.disturb, args=[n]) for lane, n in zip(running, share, strict=True)]
+def say(line: str) -> None:
+    """A line, with the time, for who waits."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stderr.flush()
+
+
+def disturb(source: Path, home: Path, kills: int, on_stack: int, seed: int, lanes: int) -> Found:
+    """`kills` in all: `on_stack` of them there, the others over `lanes` lanes beside it; each has a home of its own."""
+    alone = kills - on_stack
+    shares = [alone // lanes + (lane < alone % lanes) for lane in range(lanes)]
+    at_work: list[tuple[Lane, int]] = []
+    if on_stack:
+        at_work.append((Stack(home / "stack", source, seed * (lanes + 1) + lanes), on_stack))
+    for lane, share in enumerate(shares):
+        if share:
+            at_work.append((Lane(home / f"lane-{lane}", source, seed * (lanes + 1) + lane), share))
+    failed: list[BaseException] = []
+
+    def work(lane: Lane, share: int) -> None:
+        try:
+            lane.disturb(share)
+        except BaseException as error:  # noqa: BLE001  the others go on, and then it is raised
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=each) for each in at_work]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     found = Found()
-    for lane in running:
+    for lane, _ in at_work:
         found.add(lane.found)
+    if failed:
+        say(found.said())
+        raise failed[0]
     return found
 
 
@@ -284,21 +462,24 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--on-stack", type=int, default=70, help="of them on the stack of `slimline up`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lanes", type=int, default=2, help="runs side by side, each in a home of its own")
+    parser.add_argument("--lanes", type=int, default=2, help="runs without servers side by side, each in its own home")
     parser.add_argument("--keep", action="store_true", help="the homes, to look at")
     parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.look:
         sys.stdout.write(json.dumps(look()) + "\n")
         return
+    if not 0 <= options.on_stack <= options.kills:
+        parser.error(f"--on-stack must be from 0 to --kills ({options.kills}); got {options.on_stack}")
     from tests.conftest import write_tiny_checkpoint
 
     home = Path(tempfile.mkdtemp(prefix="slimline-kills-"))
     source = home / "tiny"
     write_tiny_checkpoint(source)
     started_at = time.monotonic()
-    found = disturb(source, home, options.kills, options.seed, options.lanes)
+    found = disturb(source, home, options.kills, options.on_stack, options.seed, options.lanes)
     bad = {name: faults for name, faults in found.faults().items() if faults}
     lines = [found.said(), f"{time.monotonic() - started_at:.0f} s, seed {options.seed}, {options.lanes} lanes"]
     lines.append(json.dumps(bad, indent=1) if bad else "nothing amiss")

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.flows.command_line import ROOT, STDLIB, slimline
+from tests.flows.command_line import ROOT, slimline
+from tests.flows.recipes import ONNXRUNTIME, data
 
 INT8 = {"method": "rtn", "weights": {"bits": 8, "symmetric": True}, "embeddings": {"bits": 8, "symmetric": True}}
-ONNXRUNTIME = {"engine": "onnxruntime", "precision": "float32"}
 MIXED = {
     "method": "gptq",
     "weights": {"choices": [{"bits": 4, "group_size": 32}, {"bits": 8}], "bits_per_weight": 6},
@@ -38,14 +38,7 @@ def recipe(tiny_checkpoint: Path, **changes) -> dict:
     return {
         "name": "tiny_cpu",
         "source": str(tiny_checkpoint),
-        "data": {
-            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-            "sequence_length": 64,
-            "evaluation_window": 64,
-            "num_training_tokens": 20_000,
-            "num_calibration_sequences": 16,
-            "num_evaluation_windows": 12,
-        },
+        "data": data(training_tokens=20_000, calibration=16, windows=12),
         "candidates": {
             "int8": {"quantization": INT8},
             "mixed": {"quantization": MIXED, "engines": [ONNXRUNTIME], "tune": TUNING},

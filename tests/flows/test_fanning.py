@@ -16,8 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.flows.command_line import slimline
-from tests.flows.kills import ROOT, recipe
+from tests.flows.command_line import ROOT, slimline
+from tests.flows.recipes import short
 
 RAY = Path(sysconfig.get_path("scripts")) / "ray"
 
@@ -90,7 +90,7 @@ def cluster(tmp_path):
 def test_a_sweep_completes_though_one_of_its_two_nodes_dies(tiny_checkpoint, tmp_path, cluster, num_candidates):
     home = tmp_path / "home"
     home.mkdir()
-    sweep = recipe(tiny_checkpoint, seed=0)
+    sweep = short("sweep", tiny_checkpoint)
     sweep["candidates"] = {
         f"int{bits}-{group}": {
             "quantization": {"method": "rtn", "weights": {"bits": bits, **({"group_size": group} if group else {})}}
@@ -142,7 +142,7 @@ def started_on(node: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 
 def test_a_cluster_that_does_not_answer_is_said(tiny_checkpoint, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_checkpoint, seed=0)))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(short("sweep", tiny_checkpoint)))
     said = slimline("run", str(tmp_path / "recipe.yaml"), home=tmp_path, SLIMLINE_RAY_ADDRESS="127.0.0.1:1")
     assert said.returncode == 1
     assert "No Ray cluster answers at SLIMLINE_RAY_ADDRESS=127.0.0.1:1" in said.stderr

@@ -13,7 +13,8 @@ import yaml
 from flows import reporting
 from infra.artifacts import new_directory, publish
 from infra.settings import settings
-from tests.flows.command_line import ROOT, STDLIB
+from tests.flows.command_line import ROOT
+from tests.flows.recipes import ONNXRUNTIME, data
 
 
 @pytest.fixture
@@ -21,16 +22,9 @@ def recipe(wide_checkpoint, tmp_path) -> Path:
     content = {
         "name": "wide_cpu",
         "source": str(wide_checkpoint),
-        "data": {
-            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-            "sequence_length": 64,
-            "evaluation_window": 64,
-            "num_training_tokens": 0,
-            "num_calibration_sequences": 4,
-            "num_evaluation_windows": 4,
-        },
+        "data": data(windows=4),
         "candidates": {"same": {}},
-        "engines": [{"engine": "onnxruntime", "precision": "float32"}],
+        "engines": [ONNXRUNTIME],
         "validation": {"speed": None, "limits": {"size_mib": {"max": 100}}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

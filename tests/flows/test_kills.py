@@ -4,14 +4,17 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
 import yaml
 
-from tests.flows.kills import ROOT, Lane, recipe
+from tests.flows.command_line import ROOT
+from tests.flows.kills import Lane, Stack
+from tests.flows.recipes import short
 
 
-def test_runs_that_are_killed_complete_and_leave_nothing_amiss(tiny_checkpoint, tmp_path):
-    lane = Lane(tmp_path / "home", tiny_checkpoint, seed=1)
-    found = lane.disturb(kills=3)
+@pytest.mark.parametrize("kind", [Lane, pytest.param(Stack, marks=[pytest.mark.real, pytest.mark.servers])])
+def test_runs_that_are_killed_complete_and_leave_nothing_amiss(kind, tiny_checkpoint, tmp_path):
+    found = kind(tmp_path / "home", tiny_checkpoint, seed=1).disturb(kills=3)
     assert found.kills.total() == 3
     assert found.runs >= 1
     assert found.stages > 0
@@ -21,7 +24,7 @@ def test_runs_that_are_killed_complete_and_leave_nothing_amiss(tiny_checkpoint, 
 def test_two_runs_of_one_recipe_at_once_do_every_stage_once(tiny_checkpoint, tmp_path):
     lane = Lane(tmp_path / "home", tiny_checkpoint, seed=2)
     file = lane.home / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(tiny_checkpoint, seed=5)))
+    file.write_text(yaml.safe_dump(short("kills", tiny_checkpoint, seed=5)))
     command = [sys.executable, "-m", "flows.cli", "run", str(file)]
     both = [
         subprocess.Popen(command, cwd=ROOT, env=lane.environment(), stderr=subprocess.PIPE, stdout=-1, text=True)

@@ -3,6 +3,7 @@ import pytest
 from flows import start as start_module
 from flows.recipe import Recipe
 from flows.start import share_training_time, start
+from tests.flows.recipes import assert_flat
 
 
 @pytest.fixture
@@ -77,9 +78,6 @@ def test_training_time_is_shared_by_steps(built):
 
 def test_the_form_is_flat_and_every_field_has_its_default():
     schema = start.parameters.model_dump()
-    for name, field in schema["properties"].items():
-        assert not {"anyOf", "allOf", "$ref"} & field.keys(), name
-        assert "default" in field, name
-        assert field.get("description"), name
+    assert_flat(schema)
     assert schema["properties"]["min_top1_agreement"]["maximum"] == 1  # so that the server refuses 2 at once
     assert "smollm2-135m_cpu" in schema["properties"]["recipe"]["enum"]

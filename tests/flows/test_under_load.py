@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.command_line import STDLIB, slimline
+from tests.flows.command_line import slimline
+from tests.flows.recipes import STDLIB, short
 
 LIMITS = {
     "capacity_requests_per_s": {"min": 0.2},
@@ -20,35 +21,20 @@ LIMITS = {
 
 
 def recipe(source: Path) -> dict:
-    return {
-        "name": "served_cpu",
-        "source": str(source),
-        "data": {
-            **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-            "sequence_length": 64,
-            "evaluation_window": 64,
-            "num_training_tokens": 0,
-            "num_calibration_sequences": 4,
-            "num_evaluation_windows": 8,
+    content = short("served", source)
+    content["validation"] |= {
+        "price_per_hour": {"amount": 0.5, "currency": "EUR"},
+        "load": {
+            "users": [1, 2],
+            "requests_per_s": {"factor": 4, "max_levels": 3},
+            "prompt_tokens": {"distribution": "fixed", "tokens": 16},
+            "new_tokens": {"distribution": "fixed", "tokens": 8},
+            "seconds_per_level": 1.0,
+            "within": {"latency_ms": 60_000, "fraction": 0.5},
         },
-        "candidates": {"int8": {"quantization": {"method": "rtn", "weights": {"bits": 8}}}},
-        "engines": [{"engine": "onnxruntime", "precision": "float32"}],
-        "validation": {
-            "quality": {"num_greedy_prompts": 2, "greedy_tokens": 4},
-            "speed": None,
-            "price_per_hour": {"amount": 0.5, "currency": "EUR"},
-            "load": {
-                "users": [1, 2],
-                "requests_per_s": {"factor": 4, "max_levels": 3},
-                "prompt_tokens": {"distribution": "fixed", "tokens": 16},
-                "new_tokens": {"distribution": "fixed", "tokens": 8},
-                "seconds_per_level": 1.0,
-                "within": {"latency_ms": 60_000, "fraction": 0.5},
-            },
-            "limits": LIMITS,
-        },
-        "register_as": "served",
+        "limits": LIMITS,
     }
+    return content
 
 
 def page_of(said: str) -> str:

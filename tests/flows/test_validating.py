@@ -14,16 +14,10 @@ import yaml
 from flows.validating import plan_validation
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine
-from tests.flows.command_line import STDLIB, slimline
+from tests.flows.command_line import slimline
+from tests.flows.recipes import data
 
-DATA = {
-    **dict.fromkeys(("training", "calibration", "evaluation"), STDLIB),
-    "sequence_length": 64,
-    "evaluation_window": 64,
-    "num_training_tokens": 20_000,
-    "num_calibration_sequences": 4,
-    "num_evaluation_windows": 8,
-}
+DATA = data(training_tokens=20_000)
 
 
 @pytest.fixture(scope="module")

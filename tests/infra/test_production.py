@@ -23,7 +23,8 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from infra.automations import create_automations, dead_runs, put
 from infra.services.addresses import FIRST_PORTS, at, free_ports
 from infra.services.processes import marked
-from tests.flows.test_end_to_end import INT8, ONNXRUNTIME, recipe
+from tests.flows.recipes import ONNXRUNTIME
+from tests.flows.test_end_to_end import INT8, recipe
 from tests.infra.asking import wait_until
 from tests.infra.production import POOLS, PYTHON, ROOT, Production, server_env
 

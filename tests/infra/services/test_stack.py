@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import psutil
 import pytest
 
 from infra import tracking
-from infra.services import down, running, up
+from infra.services import Services, down, running, up
 from infra.services.credentials import credentials
 from infra.services.processes import kill, marked
 from infra.services.programs import ROOT
+from infra.services.supervisor import MAX_DEATHS
 from infra.settings import environment, settings
 from tests.infra.asking import ask, ask_json, wait_until
 
@@ -168,12 +170,35 @@ def test_a_second_up_says_what_runs(started, home):
 
 
 @pytest.mark.servers
-def test_when_a_child_dies_the_rest_ends_and_the_log_says_why(started, home):
-    server = next(p for p in marked(home) if "mlflow" in p.cmdline() and p.ppid() == started.pid)
+def test_what_dies_is_started_again(started, home):
+    (server,) = servers(started, "mlflow")
+    family = [server, *server.children(recursive=True)]
+    assert len(family) > 1  # which held the port
     server.kill()
+    wait_until(lambda: servers(started, "mlflow") not in ([], [server]), 60)
+    wait_until(lambda: ask(f"{started.mlflow_url}/")[0] == 200)
+    assert not [process for process in family if process.is_running()]
+    assert running(home) == started
+    assert tracking.find_flow_run("served")
+    said = (home / "logs" / "supervisor.log").read_text()
+    assert re.search(r"mlflow ended with SIGKILL: .*\. It is started again\.", said)
+
+
+def servers(started: Services, name: str) -> list[psutil.Process]:
+    """The processes of that program which the supervisor started itself."""
+    return [p for p in psutil.Process(started.pid).children() if name in "".join(cmdline(p)[:3])]
+
+
+@pytest.mark.servers
+def test_when_a_child_dies_too_often_the_rest_ends_and_the_log_says_why(started, home):
+    for _ in range(1 + MAX_DEATHS):
+        (store,) = wait_until(lambda: servers(started, "weed"), 60)
+        store.kill()
+        wait_until(lambda store=store: not store.is_running(), 60)
     wait_until(lambda: not left(home), 60)
     assert running(home) is None
-    assert "mlflow ended with SIGKILL" in (home / "logs" / "supervisor.log").read_text()
+    said = (home / "logs" / "supervisor.log").read_text()
+    assert re.search(r"s3 ended with SIGKILL: .*\. That was the 6th time in 10 minutes\.", said)
     assert not (home / "services.json").exists()
     assert down(home) is False
     with pytest.raises(ValueError, match=r"lie in the S3 server of `slimline up`, which does not run"):
