@@ -144,6 +144,7 @@ class Lane:
                     kills -= self.kill()
                 else:
                     time.sleep(0.3)
+            say(f"{self.home.name}: run {number} {'completed' if completed else 'ended'}, start {attempt + 1}")
             if completed:
                 break
         else:
@@ -280,7 +281,8 @@ class Stack(Lane):
 
     def start(self, number: int, content: dict, *, again: bool) -> None:
         self.silent_since = None
-        if again:  # the page's Retry
+        if again:  # the page's Retry, by somebody who has looked why. At once it ends a worker that still cleans up
+            time.sleep(self.random.uniform(2, 10))
             state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
             self.ask(f"flow_runs/{self.run}/set_state", {"state": state, "force": True})
             return
@@ -298,7 +300,6 @@ class Stack(Lane):
         if name == "Completed":
             return True
         if name in ("Failed", "Crashed", "TimedOut"):
-            say(f"{self.home.name}: run {self.found.runs} is {name}")
             return False
         if self.present().keys() & OF_RUNS.keys():
             self.silent_since = None
