@@ -55,7 +55,7 @@ SESSION: list[Session] = []
 def answer(command: dict[str, Any]) -> dict[str, Any]:
     """The child: loads, or times one pair."""
     if "load" in command:
-        SESSION.append(load(Path(command["load"]), original=False, threads=command["threads"]))
+        SESSION.append(load(Path(command["load"]), original=False, threads=command["threads"])[1])
         return {}
     (session,) = SESSION
     rng = np.random.default_rng(command["seed"])
@@ -63,7 +63,7 @@ def answer(command: dict[str, Any]) -> dict[str, Any]:
         ways: dict[str, Any] = {"bare": bare_tpot_s, "measured": measured_tpot_s}
         prompt = np.array(command["prompt"], np.int64)
         return {str(way): ways[str(way)](session, prompt, command["new_tokens"]) for way in rng.permutation(list(ways))}
-    return perplexity_pair(session, Path(command["data"]), command["window"], command["threads"], rng)
+    return perplexity_pair(session, Path(command["data"]), command["window"], rng)
 
 
 def bare_tpot_s(session: Session, prompt: np.ndarray, new_tokens: int) -> float:
@@ -81,7 +81,7 @@ def measured_tpot_s(session: Session, prompt: np.ndarray, new_tokens: int) -> fl
     return (chosen_s[-1] - chosen_s[0]) / (new_tokens - 1)
 
 
-def perplexity_pair(session: Session, data: Path, index: int, threads: int, rng: np.random.Generator) -> dict[str, Any]:
+def perplexity_pair(session: Session, data: Path, index: int, rng: np.random.Generator) -> dict[str, Any]:
     """Seconds for one window: the forward pass alone, and everything that measuring quality does with it."""
     evaluation = quality.load_evaluation(data)
     index %= len(evaluation.tokens)
@@ -98,11 +98,7 @@ def perplexity_pair(session: Session, data: Path, index: int, threads: int, rng:
         session.prefill(one.tokens.astype(np.int64), num_logits=window)
 
     def scored() -> None:
-        list(
-            quality._scores(
-                session, one, positions, threads=threads, name="x", report=lambda step, total, figures: None
-            )
-        )
+        list(quality._scores(session, one, positions, name="x", report=lambda step, total, figures: None))
 
     ways = {"bare": forward, "measured": scored}
     found = {}
@@ -154,7 +150,7 @@ def main() -> None:
             for block in range(-1, arguments.blocks):  # the first is not counted
                 prompt = prompts.draw(1).tolist()
                 tpot = child.ask(prompt=prompt, new_tokens=options.new_tokens, seed=block + 1)
-                window = child.ask(data=str(data), window=block + 1, threads=arguments.threads, seed=block + 1)
+                window = child.ask(data=str(data), window=block + 1, seed=block + 1)
                 if block >= 0:
                     pairs["tpot"].append(tpot)
                     pairs["perplexity"].append(window)

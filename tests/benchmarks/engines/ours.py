@@ -90,7 +90,8 @@ class Bundle:
 
 
 def load(options: Options, bundle: Path, threads: int) -> Bundle:
-    return Bundle(load_session(bundle, original=False, threads=threads))
+    _, session = load_session(bundle, original=False, threads=threads)
+    return Bundle(session)
 
 
 if __name__ == "__main__":
