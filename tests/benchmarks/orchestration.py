@@ -41,12 +41,13 @@ def lap(name, since):
 from flows.cli import _connect, _load
 _connect()
 recipe = _load(sys.argv[1], None)
+from infra.services import begin_inner_server
+wait_for_server = begin_inner_server()
 from flows.optimize import optimize
 import mlflow, mlflow.pyfunc
 now = lap("imports", began)
-from infra.services import start_inner_server
-start_inner_server()
-now = lap("Prefect server", now)
+wait_for_server()
+now = lap("Prefect server, beyond the imports", now)
 from infra.tracking import client
 client()
 now = lap("MLflow database", now)
