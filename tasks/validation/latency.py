@@ -135,7 +135,9 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
     num_blocks: int = Field(8, ge=MIN_BLOCKS, description="Blocks in which every subject is timed at batch size 1.")
     num_batch_blocks: int = Field(3, ge=1, description="Blocks that also time the larger batch sizes.")
     max_minutes: float = Field(
-        6.0, gt=0, description=f"No new block starts after this, but {MIN_BLOCKS} blocks are always measured."
+        6.0,
+        gt=0,
+        description=f"No new block starts after this, but {MIN_BLOCKS} blocks of each batch size are always measured.",
     )
     max_memory_mib: int = Field(
         6000,
@@ -576,8 +578,11 @@ def _measure_blocks(
     """
     rng = np.random.default_rng([options.seed, num_before])
     every = max(1, options.num_blocks // options.num_batch_blocks)
+    needed = MIN_BLOCKS
+    if len(options.batch_sizes) > 1:  # the larger ones need as many
+        needed = max(needed, 1 + every * (min(MIN_BLOCKS, options.num_batch_blocks) - 1))
     for block in range(options.num_blocks):
-        if block >= MIN_BLOCKS and time.monotonic() > deadline:
+        if block >= needed and time.monotonic() > deadline:
             break
         larger_too = block % every == 0 and block // every < options.num_batch_blocks
         for batch_size in options.batch_sizes if larger_too else (1,):

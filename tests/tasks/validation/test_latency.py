@@ -304,14 +304,17 @@ def test_subjects_that_do_not_fit_together_are_measured_in_groups(tiny_checkpoin
         ],
         original=tiny_checkpoint,
         data=small_data,
-        options=OPTIONS.model_copy(update={"max_memory_mib": 1, "max_minutes": 1e-6}),
+        options=OPTIONS.model_copy(
+            update={"max_memory_mib": 1, "max_minutes": 1e-6, "num_blocks": 6, "num_batch_blocks": 3}
+        ),
         threads=1,
         out=tmp_path,
     )
     assert summary.num_groups == 2
     assert (summary.subjects["a"].group, summary.subjects["b"].group) == (0, 1)
     assert summary.subjects["b"].throughput[1].ratio_to_baseline is not None
-    assert summary.num_blocks == 3  # no time at all, but never fewer than three
+    assert summary.num_blocks == 5  # no time at all, but never fewer than three of either batch size: 0, 2, 4
+    assert summary.subjects["b"].throughput[2].num == 3
 
 
 def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path):
