@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-chain test-flows test-servers check audit up down bench bench-quantization bench-engines bench-storage bench-faults bench-orchestration test-real clean
+.PHONY: help install run test test-chain test-flows test-servers check audit up down bench bench-quantization bench-engines bench-storage bench-faults bench-orchestration bench-release test-real clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,6 +88,9 @@ bench-faults: install ## 200 random SIGKILLs over many short runs, and what is l
 
 bench-orchestration: install ## what a flow costs besides its stages: cold, cached, and by the number of stages
 	$(BIN)/python tests/benchmarks/orchestration.py $(ARGS)
+
+bench-release: install ## promotions and rollbacks of a bundle of 100 MB, by step (minutes)
+	$(BIN)/python tests/benchmarks/release.py $(ARGS)
 
 clean: ## removes .venv and caches; results in .slimline/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

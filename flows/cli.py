@@ -15,6 +15,7 @@ from infra.settings import prepare_environment, settings
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
+    from infra.ledger import Entry
     from infra.services import Services
 
 app = typer.Typer(
@@ -326,6 +327,143 @@ def lineage(
             )
 
 
+ModelArgument = Annotated[str, typer.Argument(help="A registered model.")]
+WhoOption = Annotated[str | None, typer.Option(help="Your name, for the ledger; left out: MLflow's or the system's.")]
+WhyOption = Annotated[str, typer.Option(help="The reason, for the ledger.")]
+
+
+@app.command()
+def promote(
+    model: ModelArgument,
+    why: WhyOption,
+    version: Annotated[str, typer.Argument(help="Its number, or candidate.")] = "candidate",
+    who: WhoOption = None,
+    approve: Annotated[bool, typer.Option("--approve", help="Approve it yourself, and carry it out at once.")] = False,
+    two_person: Annotated[bool, typer.Option("--two-person", help="Somebody else must approve it.")] = False,
+    approval_hours: Annotated[float, typer.Option(min=0.01, help="An approval later than that does not count.")] = 24.0,
+    revalidate: Annotated[
+        Literal["if_hardware_differs", "always", "never"],
+        typer.Option(help="Measure and judge it anew on this machine."),
+    ] = "if_hardware_differs",
+) -> None:
+    """Ask to make a version the champion: it is checked, and waits for `slimline approve`. Exit code 4: it waits."""
+    with _told():
+        _connect()
+        from flows.approving import answer, ask, briefing, number_of
+        from flows.releasing import carry_out, is_approved, settle
+
+        who, version = _who(who), number_of(model, version, "candidate")
+        settled = settle(model)
+        if settled and (settled.what, settled.version) == ("promoted", version):
+            _released(settled)
+            return
+        request = ask(
+            model,
+            version,
+            who=who,
+            why=why,
+            two_person=two_person,
+            approval_hours=approval_hours,
+            revalidate=revalidate,
+        )
+        typer.echo(briefing(request))
+        if approve:
+            answer(request, who=who, why=why, approve=True)
+        if is_approved(request):
+            _released(carry_out(request))
+            return
+    typer.echo(f"waits for: slimline approve {model} {request.version} --who NAME --why REASON")
+    raise typer.Exit(Exit.NOT_DECIDED)
+
+
+@app.command()
+def approve(
+    model: ModelArgument,
+    why: WhyOption,
+    version: Annotated[str, typer.Argument(help="Its number, or candidate.")] = "candidate",
+    who: WhoOption = None,
+    refuse: Annotated[bool, typer.Option("--refuse", help="Refuse it instead.")] = False,
+) -> None:
+    """Approve what was asked for with `slimline promote`, and carry it out: the version becomes the champion."""
+    with _told():
+        _connect()
+        from flows.approving import answer, asked, resume
+        from flows.releasing import carry_out
+
+        request = asked(model, version)
+        if request.flow_run:
+            resume(request, who=_who(who), why=why, approve=not refuse)
+            typer.echo(f"told the flow run {request.flow_run}, which goes on")
+            return
+        found = answer(request, who=_who(who), why=why, approve=not refuse)
+        if found.what == "refused":
+            typer.echo(f"refused: version {found.version} of {model}")
+        else:
+            _released(carry_out(request))
+
+
+@app.command()
+def rollback(
+    model: ModelArgument,
+    why: WhyOption,
+    version: Annotated[str, typer.Argument(help="Number of an earlier champion, or previous.")] = "previous",
+    who: WhoOption = None,
+) -> None:
+    """Make an earlier champion the champion again: verified first, tested afterwards. Nothing is deleted."""
+    with _told():
+        _connect()
+        from flows.releasing import roll_back
+
+        _released(roll_back(model, version, who=_who(who), why=why))
+
+
+@app.command()
+def history(
+    model: ModelArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Print who did what with which version of a model, when and why, and what became of it."""
+    with _told():
+        _connect()
+        from flows.history import lines, read
+
+        found = read(model)
+        for text in [entry.model_dump_json() for entry in found] if as_json else lines(found):
+            typer.echo(text)
+
+
+@app.command()
+def verify(
+    model: Annotated[str | None, typer.Argument(help="A registered model; left out: all that have a ledger.")] = None,
+) -> None:
+    """Prove that the ledger is whole and every byte of every champion as it was signed. Exit code 1: it is not."""
+    with _told():
+        _connect()
+        from flows.history import examine
+
+        found = examine(model)
+        for finding in found:
+            typer.echo(finding.said)
+    if any(finding.is_problem for finding in found):
+        raise typer.Exit(Exit.FAILED)
+
+
+@app.command()
+def retention(
+    older_than_days: Annotated[float, typer.Option(min=1, help="What is younger stays.")] = 30.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; left out: only say what would be.")] = False,
+) -> None:
+    """List runs and artifacts that are old and that no registered version or ledger entry leads to; or delete them."""
+    with _told():
+        _connect()
+        from flows.retention import make_room
+
+        found, said = make_room(older_than_days, dry_run=not delete)
+        for each in found:
+            typer.echo(f"{each.what:<9} {each.since:%Y-%m-%d}  {each.size_bytes / 2**20:>9.1f} MiB  {each.name}")
+        typer.echo(said)
+
+
 @app.command()
 def up(
     database: Annotated[
@@ -419,6 +557,20 @@ def doctor(
             show(findings)
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(Exit.FAILED)
+
+
+def _who(name: str | None) -> str:
+    from infra.settings import outer
+
+    found = name or outer("MLFLOW_TRACKING_USERNAME", "LOGNAME", "USER")
+    if not found:
+        raise ValueError("The ledger keeps who does it; neither MLflow nor the system knows. Say it: --who NAME")
+    return found
+
+
+def _released(entry: "Entry") -> None:
+    was = f"version {entry.replaces}" if entry.replaces else "nothing"
+    typer.echo(f"{entry.what}: version {entry.version} of {entry.model} is the champion; it was {was}")
 
 
 def _prepare(*models: str | None) -> None:

@@ -1,6 +1,7 @@
 """Measure and judge one engine bundle against another, or against a model, without making anything."""
 
 import hashlib
+import json
 import re
 import shlex
 import time
@@ -23,6 +24,8 @@ from flows.reporting import publish_artifacts, publish_report, report_data
 from flows.running import Runner
 from infra.artifacts import fetch
 from infra.console import console
+from infra.releases import Known
+from infra.services import start_inner_server
 from infra.tracking import StageResult, end_flow, flow_run
 from tasks.bundle import import_bundle
 from tasks.calibration.checkpoints import model_type
@@ -104,6 +107,25 @@ def command_line(bundle: str, against: str, recipe: str | None, options: Sequenc
     """The command line that measures and judges the same again; the arguments are those of `plan_validation`."""
     words = ["slimline", "validate", bundle, "--against", against, *(["--recipe", recipe] if recipe else [])]
     return shlex.join([*words, *(word for option in options for word in ("--set", option))])
+
+
+def verdict_here(version: Known) -> tuple[str, str]:
+    """Verdict and its reason for a registered version, measured on this machine by the recipe of its run.
+
+    Raises:
+        ValueError: its run is gone, or this machine cannot measure what the recipe limits.
+    """
+    name = f"models:/{version.model}/{version.version}"
+    if version.run is None:
+        raise ValueError(
+            f"{name} is judged by the recipe of its run; MLflow has no such run any more. Register it anew."
+        )
+    recipe = parse(json.loads(version.run.recipe), where=f"the recipe of {name}")
+    planned, directory = plan_validation(name, recipe.source, recipe=recipe, options=[])
+    start_inner_server()
+    outcome = validate(planned, name, str(directory), command_line(name, recipe.source, recipe.name, []))
+    (judgement,) = (row.judgement for row in outcome.data.rows if row.judgement)
+    return judgement.verdict, judgement.sentence
 
 
 @flow(name="validate", flow_run_name="{recipe.name}", persist_result=False)

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,18 @@ def hardware() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def differences(measured: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """By what two machines of `hardware()` are not alike in what decides speed, in words; empty: figures carry over."""
+    tell: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "processor": lambda of: of.get("cpu"),
+        "instructions": lambda of: " ".join(of.get("isa", [])),
+        "cores": lambda of: of.get("cores"),
+        "GPUs": lambda of: ", ".join(gpu["name"] for gpu in of.get("gpus", [])) or "none",
+    }
+    found = {name: (of(measured), of(here)) for name, of in tell.items()}
+    return [f"{name}: {there} there, {ours} here" for name, (there, ours) in found.items() if there != ours]
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -63,11 +63,11 @@ def held(path: Path, on_wait: Waiting | None = None) -> Iterator[Path]:
 def is_held(path: Path) -> bool:
     """Whether some process, this one included, holds `path` at the moment."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # of several who look, none takes another for a holder
     except BlockingIOError:
         return True
     finally:
@@ -97,6 +97,19 @@ def held_everywhere(name: str, on_wait: Waiting) -> Iterator[None]:
     else:
         with held_file(settings().home / "locks" / name, on_wait):
             yield
+
+
+def holder_of(name: str) -> str | None:
+    """Who holds the lock of this name at the moment; None: nobody."""
+    if url := settings().redis_url:
+        server = _redis(url.get_secret_value())
+        return _holder(server, name) if server.exists(f"{PREFIX}{name}") else None
+    path = settings().home / "locks" / name
+    if not is_held(path):
+        return None
+    with suppress(FileNotFoundError):
+        return path.read_text() or "another process"
+    return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from infra.artifacts import fetch, new_directory
+from infra.failures import silent_server
 from infra.hardware import versions
 from infra.locks import held
 from infra.settings import settings
@@ -33,7 +34,7 @@ from infra.tracking import Parent, StageResult, client, stage_run, stored_files
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.models import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -268,6 +269,23 @@ def find_version(uri: str) -> "ModelVersion":
         ) from None
 
 
+def find_model(name: str) -> "RegisteredModel":
+    """The registered model of this name.
+
+    Raises:
+        ValueError: there is none; the message lists what there is.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client().get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        known = ", ".join(sorted(each.name for each in client().search_registered_models())) or "no model yet"
+        raise ValueError(f"There is no registered model {name!r}. Registered: {known}.") from None
+
+
 def fingerprint(uri: str) -> str:
     """What tells this version from another one that later gets the same alias."""
     found = find_version(uri)
@@ -349,6 +367,24 @@ def _verified(folder: Path, version: "ModelVersion") -> Path:
             f"with the bundle {facts.sha256[:12]}, and the registry says {version.tags.get('sha256', 'none')[:12]}."
         )
     return folder
+
+
+def stored_version(model: str, version: str, out: Path) -> Path:
+    """All files of a version as MLflow has them now, in the directory `out`, which is made; every byte is verified.
+
+    Raises:
+        ValueError: there is no such version.
+        Unverified: as `verified_version`.
+        FileNotFoundError: MLflow lost its files.
+    """
+    found = find_version(f"models:/{model}/{version}")
+    try:
+        fetched = _fetch(found, out)
+    except OSError as error:
+        if silent_server(error):
+            raise
+        raise FileNotFoundError(f"MLflow lost the files of version {version} of {model}: {error}.") from error
+    return _verified(fetched, found)
 
 
 def bundle_at(uri: str) -> Path:

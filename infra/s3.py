@@ -231,6 +231,27 @@ def create(uri: str, content: bytes) -> bool:
     return True
 
 
+def listed(uri: str) -> list[tuple[str, datetime, int]]:
+    """Relative name, time of the last change and size in bytes of all objects below the prefix `uri`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `download`.
+    """
+    with errors(uri):
+        return [(name, item["LastModified"], item["Size"]) for name, item in _objects(uri)]
+
+
+def delete(uri: str) -> None:
+    """Make the object `uri` be gone, whether it was there or not.
+
+    Raises:
+        PermissionError, ConnectionError: as `download`.
+    """
+    bucket, key = _parse(uri)
+    with errors(uri):
+        patiently(lambda: _client().delete_object(Bucket=bucket, Key=key))
+
+
 def names(uri: str) -> list[str]:
     """The names of all objects below the prefix `uri`, relative to it; empty: there is none.
 

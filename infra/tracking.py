@@ -374,6 +374,37 @@ def _flow_run(run: "Run") -> FlowRun:
     )
 
 
+class RunFacts(BaseModel, frozen=True):
+    """Figures of a flow run, the machine they were measured on, its recipe as JSON, and its page."""
+
+    metrics: dict[str, float]
+    hardware: dict[str, JsonValue]
+    recipe: str
+    url: str
+
+
+def run_facts(run_id: str) -> RunFacts | None:
+    """What was recorded of a flow run; None: MLflow does not know it (any more)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client().get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    with TemporaryDirectory() as folder, stored_files(f"run {run_id}"):
+        kept = {
+            name: Path(client().download_artifacts(run_id, name, folder)) for name in ("hardware.json", "recipe.json")
+        }
+        return RunFacts(
+            metrics=run.data.metrics,
+            hardware=json.loads(kept["hardware.json"].read_text(encoding="utf-8")),
+            recipe=kept["recipe.json"].read_text(encoding="utf-8"),
+            url=run_url(run_id, run.info.experiment_id),
+        )
+
+
 def report_figures(run: FlowRun) -> str:
     """The JSON of a flow run's report.
 

@@ -17,7 +17,9 @@ from infra.settings import QUIET, settings
 
 POOL = "cpu"
 """The work pool of the local worker."""
-DEPLOY = (sys.executable, "-m", "flows.deployments", "--pool", POOL)
+RELEASE_POOL = "release"
+"""That of promotions and rollbacks, which do not wait behind hours of optimization."""
+DEPLOY = (sys.executable, "-m", "flows.deployments", "--pool", POOL, "--pool", RELEASE_POOL)
 HEARTBEAT_S = 30
 """How often a flow run says that it lives; Prefect allows no less. infra/automations.py says when it is dead."""
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ class Plan(BaseModel, frozen=True):
     Attributes:
         ports: as `free_ports` chose them.
         database: what MLflow and Prefect keep their records in.
-        deploy: the command that creates the deployments of the worker's pool, run from the project's root.
+        deploy: the command that creates the deployments of the workers' pools, run from the project's root.
         timeout_s: until everything has to answer.
     """
 
@@ -205,7 +207,20 @@ def worker(plan: Plan) -> Program:
     return Program("worker", [sys.executable, "-m", "prefect", "worker", "start", *options], variables)
 
 
-STOPPED_IN_ORDER = (("worker",), ("mlflow", "prefect"), ("s3", "postgres"))
+def releaser(plan: Plan) -> Program:
+    """What promotes and rolls back. Its ledger and copies are below the home, where the command line has them, too."""
+    options = ["--pool", RELEASE_POOL, "--type", "process", "--name", "release", "--install-policy", "never"]
+    variables = {
+        **_our_code(),
+        "PREFECT_API_URL": plan.addresses.prefect_api_url,
+        "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        "PREFECT_WORKER_QUERY_SECONDS": "5",
+    }
+    return Program("releaser", [sys.executable, "-m", "prefect", "worker", "start", *options], variables)
+
+
+STOPPED_IN_ORDER = (("worker", "releaser"), ("mlflow", "prefect"), ("s3", "postgres"))
 """Flows before the servers they report to, those before what they write to."""
 
 

@@ -26,7 +26,7 @@ from infra.services.addresses import Note, note_file, write_atomically
 from infra.services.credentials import credentials
 from infra.services.logs import SAYS, log_file, telling_line
 from infra.services.processes import ProcessId, kill
-from infra.services.programs import POOL, ROOT, STOPPED_IN_ORDER, Plan, Program
+from infra.services.programs import POOL, RELEASE_POOL, ROOT, STOPPED_IN_ORDER, Plan, Program
 from infra.settings import environment
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,11 @@ class Supervisor:
         self.wait_until(Probe("prefect", f"{api}/flows/paginate", {}))
         self.once(programs.deployments(plan))
         self.start(programs.worker(plan))
+        self.start(programs.releaser(plan))
         self.wait_until(Probe("mlflow", f"{tracking}/api/2.0/mlflow/experiments/search", {"max_results": 1}))
         online = {"workers": {"status": {"any_": ["ONLINE"]}}}
-        self.wait_until(Probe("worker", f"{api}/work_pools/{POOL}/workers/filter", online))
+        for name, pool in (("worker", POOL), ("releaser", RELEASE_POOL)):
+            self.wait_until(Probe(name, f"{api}/work_pools/{pool}/workers/filter", online))
 
     def start(self, program: Program) -> None:
         """Start it; from now on its end is everybody's end, and once all are ready it is started again."""

@@ -12,7 +12,7 @@ from flows.benchmark import benchmark
 from flows.cli import app
 from flows.deployments import prefect_file, read
 from infra.automations import DEAD_AFTER, dead_runs
-from infra.services.programs import HEARTBEAT_S, POOL
+from infra.services.programs import HEARTBEAT_S, POOL, RELEASE_POOL
 from infra.settings import settings
 from tests.flows.recipes import assert_flat
 
@@ -42,6 +42,7 @@ def test_the_local_pool_has_all_that_runs_without_a_gpu():
     assert list(plan.work_pools) == [POOL]
     assert plan.deployments == {POOL: ("start", "optimize", "benchmark", "nightly")}
     assert plan.concurrency_limits == {}
+    assert read(prefect_file(), [RELEASE_POOL]).deployments == {RELEASE_POOL: ("promote", "rollback", "retention")}
 
 
 def test_the_limits_that_pools_name_are_created():
@@ -82,7 +83,7 @@ def test_what_people_fill_in_is_as_it_was_looked_at():
     forms = {
         deployment["name"]: parameter_schema(flow_of(deployment)).model_dump(mode="json")
         for deployment in CONTENT["deployments"]
-        if deployment["name"] in ("start", "benchmark")
+        if deployment["name"] in ("start", "benchmark", "promote", "rollback")
     }
     assert forms == json.loads(FORMS.read_text()), json.dumps(forms, indent=1)
 
