@@ -19,6 +19,7 @@ from infra.caching import content, earlier_result
 from infra.console import console
 from infra.hardware import hardware
 from infra.settings import settings
+from infra.signing import signing_key
 from infra.slots import Needs
 from infra.tracking import StageResult
 from tasks.calibration.checkpoints import SourceEstimate, estimate
@@ -107,7 +108,18 @@ def obstacles(recipe: Recipe) -> list[str]:
         + unmeasurable_limits(recipe)
         + source_obstacles(recipe)
         + kind_obstacles(recipe)
+        + _signing_obstacles(recipe)
     )
+
+
+def _signing_obstacles(recipe: Recipe) -> list[str]:
+    """Why what the recipe registers could not be signed at the end."""
+    if recipe.register_as and settings().signing_key:
+        try:
+            signing_key()
+        except ValueError as error:
+            return [str(error)]
+    return []
 
 
 def _missing_benchmarks(recipe: Recipe) -> dict[str, str]:

@@ -465,6 +465,98 @@ def retention(
 
 
 @app.command()
+def keys(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Where to make a new pair; left out: say which keys count here.")
+    ] = None,
+) -> None:
+    """Make a key pair to sign registered versions with; or say which key signs here, and whose signatures count."""
+    with _told():
+        from infra import signing
+
+        if directory is None:
+            typer.echo(f"signs    {signing.key_id(signing.signing_key().public_key())}")
+            for key in signing.trusted_keys():
+                typer.echo(f"trusted  {signing.key_id(key)}")
+            return
+        made = signing.make_keys(directory)
+        typer.echo(f"{directory / signing.PRIVATE}  for those who sign: SLIMLINE_SIGNING_KEY")
+        typer.echo(f"{directory / signing.PUBLIC}  for those who load: SLIMLINE_TRUSTED_KEYS")
+        typer.echo(f"key      {made}")
+
+
+@app.command()
+def roles(
+    trainers: Annotated[
+        list[str] | None, typer.Option("--trainer", help="Account that runs and submits; may be repeated.")
+    ] = None,
+    releasers: Annotated[
+        list[str] | None, typer.Option("--releaser", help="Account that registers and releases; may be repeated.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="Registered model that no trainer may make; may be repeated.")
+    ] = None,
+) -> None:
+    """Say at a shared MLflow server who may release: trainers may not. With the admin's account; may be repeated."""
+    with _told():
+        _connect()
+        from infra.roles import give
+
+        if not trainers and not releasers:
+            raise ValueError("Roles are given to accounts; name them with --trainer and --releaser.")
+        for line in give({"trainer": trainers or [], "releaser": releasers or []}, models or []):
+            typer.echo(line)
+
+
+@app.command()
+def admit(
+    model: Annotated[str | None, typer.Argument(help="Only for this registered model; left out: all.")] = None,
+) -> None:
+    """Register what trainers submitted, after verifying its signature and every byte. With a releaser's account."""
+    with _told():
+        _connect()
+        from infra.registry import admit as admit_all
+
+        made = admit_all(model)
+        for version in made:
+            typer.echo(f"registered  {version.model} version {version.version}: {version.uri}")
+        if not made:
+            typer.echo("nothing waits to be registered")
+
+
+@app.command()
+def bridge(
+    host: Annotated[str, typer.Option(help="MLflow's server has to reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
+) -> None:
+    """Tell Prefect what happens in MLflow's registry: takes MLflow's signed webhooks (SLIMLINE_WEBHOOK_SECRET)."""
+    with _told():
+        from infra import services
+
+        prepare_environment(**services.for_clients(settings().home))
+        from flows.deployments import server
+        from infra import bridge as events
+
+        secret, where = events.secret(), server()
+        typer.echo(f"http://{host}:{port}/ takes MLflow's webhooks and tells {where}; stop with Ctrl-C")
+        events.run(host, port, secret)
+
+
+@app.command()
+def webhook(
+    url: Annotated[str, typer.Argument(help="Of the bridge, as MLflow's server reaches it.")],
+) -> None:
+    """Have MLflow's server tell the bridge what happens in its registry. With the admin's account; may be repeated."""
+    with _told():
+        _connect()
+        from infra.bridge import webhook_of
+        from infra.registry import tell_of_changes
+
+        tell_of_changes(webhook_of(url))
+        typer.echo(f"MLflow tells {url} of new versions and aliases")
+
+
+@app.command()
 def up(
     database: Annotated[
         Literal["sqlite", "postgres"],

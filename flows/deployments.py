@@ -23,6 +23,9 @@ from infra.settings import environment, prepare_environment, settings
 
 ROOT = Path(__file__).parents[1]
 
+EXAMINE = "examine/examine"
+"""The deployment that is started for a new candidate."""
+
 
 class WorkPool(BaseModel, frozen=True, extra="forbid"):
     """Where flow runs wait for workers of a kind.
@@ -116,7 +119,8 @@ def deploy(file: Path | None = None, pools: Sequence[str] = ()) -> Plan:
         for name, limit in plan.concurrency_limits.items():
             client.upsert_global_concurrency_limit_by_name(name, limit)
         _put_deployments(file, [name for names in plan.deployments.values() for name in names])
-        create_automations(client, settings().notification_block)
+        there = any(EXAMINE.rpartition("/")[2] in names for names in plan.deployments.values())
+        create_automations(client, settings().notification_block, EXAMINE if there else None)
     return plan
 
 

@@ -8,14 +8,15 @@ from flows.check import obstacles
 from flows.deciding import decide
 from flows.diagnosing import diagnose_candidates
 from flows.fanning import fan_out
-from flows.outcome import Outcome
+from flows.outcome import Outcome, figures_of_winner, submitted
 from flows.pipeline import pipeline
 from flows.recipe import Recipe
 from flows.reporting import description, publish_artifacts, publish_report, report_data
 from flows.running import Runner
 from infra.console import console
+from infra.registry import Version
 from infra.tracking import end_flow, flow_run
-from tasks.register import register
+from tasks.register import record_verdicts, register
 
 
 @flow(name="optimize", flow_run_name="optimize-{recipe.name}", persist_result=False)
@@ -39,16 +40,22 @@ def optimize(recipe: Recipe) -> Outcome:
         judgements = decide(recipe, products, run)
         diagnoses = diagnose_candidates(recipe, products, judgements, run)
         found = report_data(recipe, products, judgements, diagnoses, run.records, parent)
+        record_verdicts(products.bundles, judgements, parent)
         version = None
         if found.winner and recipe.register_as:
-            version = register(
+            figures = {name: f"{value:.6g}" for name, value in figures_of_winner(found).items()}
+            registered = register(
                 recipe.register_as,
                 products.bundles[found.winner],
                 parent=parent,
                 verdict=judgements[found.winner].verdict,
-                tags={"candidate": found.winner, "recipe": recipe.name},
+                tags={"candidate": found.winner, "recipe": recipe.name, **figures},
                 description=description(found),
             )
+            if isinstance(registered, Version):
+                version = registered
+            else:
+                found = found.model_copy(update={"register_note": submitted(registered)})
         outcome = publish_report(found, version, parent, elapsed_s=time.monotonic() - started_at)
     end_flow(parent, "FINISHED", outcome.metrics())
     publish_artifacts(outcome, parent)

@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 from rich.console import Console
 
-from infra.registry import Version
+from infra.registry import Submission, Version
 from infra.settings import settings
 from infra.tracking import tracking_uri
 from tasks.validation.report import ReportData, answer, lines, task_columns, terminal_table, time_columns
@@ -35,19 +35,7 @@ class Outcome(BaseModel, frozen=True):
         """Figures of the whole run, for comparing runs with each other."""
         verdicts = [row.judgement.verdict for row in self.data.rows if row.judgement]
         found = {f"num_{name.lower()}": float(verdicts.count(name)) for name in get_args(Verdict)}
-        for line in lines(self.data):
-            if line.row.name != self.data.winner:
-                continue
-            if line.row.size_bytes:
-                found["winner.size_bytes"] = float(line.row.size_bytes)
-            if line.perplexity:
-                found["winner.perplexity"] = line.perplexity.value
-            for name in time_columns(self.data):
-                if times := line.time(name):
-                    found[f"winner.{name}"] = times.p50.value
-            for metric in task_columns(self.data):
-                if figure := answer(self.data, line, metric):
-                    found[f"winner.{metric.name}"] = figure.value
+        found |= {f"winner.{name}": value for name, value in figures_of_winner(self.data).items()}
         return found
 
     def markdown(self) -> str:
@@ -68,6 +56,33 @@ class Outcome(BaseModel, frozen=True):
             if row.diagnosis:
                 rows += [f"* {finding.sentence}" for finding in row.diagnosis.findings]
         return "\n".join(rows)
+
+
+def figures_of_winner(data: ReportData) -> dict[str, float]:
+    """Size, answers and times of the candidate that won, by their names; empty where none did."""
+    found: dict[str, float] = {}
+    for line in lines(data):
+        if line.row.name != data.winner:
+            continue
+        if line.row.size_bytes:
+            found["size_bytes"] = float(line.row.size_bytes)
+        if line.perplexity:
+            found["perplexity"] = line.perplexity.value
+        for name in time_columns(data):
+            if times := line.time(name):
+                found[name] = times.p50.value
+        for metric in task_columns(data):
+            if figure := answer(data, line, metric):
+                found[metric.name] = figure.value
+    return found
+
+
+def submitted(submission: Submission) -> str:
+    """Why an accepted bundle is no version yet, and who makes it one."""
+    return (
+        f"MLflow lets others register {submission.model}: the signed bundle waits as model {submission.model_id} for a "
+        "releaser, or the deployment reconcile, to admit it (slimline admit)."
+    )
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -1,4 +1,4 @@
-"""What Prefect does by itself about flow runs in trouble.
+"""What Prefect does by itself: about flow runs in trouble, and about what happens in MLflow's registry.
 
 Prefect's own server notices no dead process: a run whose machine went away would be "Running" for ever. Runs say twice
 a minute that they live; one that is silent for `DEAD_AFTER` is taken for crashed. That can be wrong (a machine that was
@@ -8,7 +8,7 @@ asleep), so nothing is lost by it: running it again goes on after the finished s
 from datetime import timedelta
 from typing import Any
 
-from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture, SendNotification
+from prefect.automations import Automation, ChangeFlowRunState, EventTrigger, Posture, RunDeployment, SendNotification
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import AutomationCore
@@ -17,6 +17,8 @@ from prefect.exceptions import ObjectNotFound
 DEAD_AFTER = timedelta(seconds=90)
 """Three heartbeats."""
 ENDED = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
+ALIAS_SET = "mlflow.model_version_alias.created"
+MODELS = {"prefect.resource.id": "mlflow.registered-model.*"}
 FLOW_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 
 
@@ -66,11 +68,53 @@ def runs_in_trouble(block_id: Any) -> AutomationCore:
     )
 
 
-def create_automations(client: SyncPrefectClient, notification_block: str | None) -> None:
+def new_candidates(deployment_id: Any) -> AutomationCore:
+    """A version that gets the alias `candidate` is examined."""
+    return AutomationCore(
+        name="slimline: a new candidate is examined",
+        description="MLflow says so, through `slimline bridge`; the deployment reconcile finds what that missed.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive,
+            expect={ALIAS_SET},
+            match={**MODELS, "mlflow.alias": "candidate"},
+            threshold=1,
+        ),
+        actions=[
+            RunDeployment(
+                deployment_id=deployment_id,
+                parameters={"model": "{{ event.payload.name }}", "version": "{{ event.payload.version }}"},
+            )
+        ],
+    )
+
+
+def new_champions(block_id: Any) -> AutomationCore:
+    """A version that gets the alias `champion` is told to the notification block."""
+    return AutomationCore(
+        name="slimline: a new champion is told",
+        description="By the block that SLIMLINE_NOTIFICATION_BLOCK named at the last deploy.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive,
+            expect={ALIAS_SET},
+            match={**MODELS, "mlflow.alias": "champion"},
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block_id,
+                subject="{{ event.payload.name }}: version {{ event.payload.version }} is the champion",
+                body="MLflow's alias champion of {{ event.payload.name }} names version {{ event.payload.version }}.",
+            )
+        ],
+    )
+
+
+def create_automations(client: SyncPrefectClient, notification_block: str | None, examine: str | None = None) -> None:
     """Put them on the server, in place of earlier ones of the same name.
 
     Args:
         client: of the server.
+        examine: the deployment that examines candidates, FLOW/NAME; None: nothing does.
         notification_block: "TYPE/NAME" of a block there, as "slack-webhook/team"; None: nobody is told.
 
     Raises:
@@ -79,7 +123,10 @@ def create_automations(client: SyncPrefectClient, notification_block: str | None
     wanted = [dead_runs()]
     if notification_block:
         kind, _, name = notification_block.partition("/")
-        wanted.append(runs_in_trouble(_block_id(client, kind, name)))
+        block_id = _block_id(client, kind, name)
+        wanted += [runs_in_trouble(block_id), new_champions(block_id)]
+    if examine:
+        wanted.append(new_candidates(client.read_deployment_by_name(examine).id))
     for automation in wanted:
         put(client, automation)
 

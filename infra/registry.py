@@ -4,33 +4,47 @@ A version holds the engine bundle and the code that runs it, so it loads in any 
 installed; and a signature over all of that, which is verified before any of it is parsed.
 """
 
+import hashlib
+import json
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from infra.artifacts import fetch, new_directory
 from infra.failures import silent_server
-from infra.hardware import versions
-from infra.locks import held
+from infra.hardware import hardware, versions
+from infra.locks import held, held_everywhere
+from infra.sbom import SBOM, sbom
 from infra.settings import settings
 from infra.signing import (
     SIGNATURE,
+    Envelope,
     Facts,
     Unverified,
     check,
-    key_id,
     sign,
     signature_of,
     signing_key,
+    statement_sha256,
 )
-from infra.tracking import Parent, StageResult, client, stage_run, stored_files
+from infra.tracking import (
+    Parent,
+    StageResult,
+    client,
+    experiment_ids,
+    lineage,
+    metric_name,
+    run_url,
+    stage_run,
+    stored_files,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -41,12 +55,16 @@ logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
 ACCEPT = "ACCEPT"
+SUBMISSION, WAITING = "submission", "waits for a releaser"
+"""Tag of a model in MLflow that somebody else has to register."""
+LONGEST_DESCRIPTION = 5000
 BUNDLE = "bundle"
 """What a served model finds the bundle's directory by, among its artifacts."""
 # fmt: off
 REQUIRED = (
     "mlflow", "torch", "transformers", "tokenizers", "compressed-tensors", "safetensors", "numpy", "pandas", "pydantic",
-    "pydantic-settings", "cryptography", "onnxruntime", "openvino", "openvino-genai",
+    "pydantic-settings", "cryptography", "onnx", "onnxruntime", "openvino", "openvino-genai", "tensorrt",
+    "tensorrt-rtx-cu13",
 )
 # fmt: on
 """Distributions a served bundle may need; those installed here are written into the version with their versions."""
@@ -61,6 +79,13 @@ class Version(BaseModel, frozen=True):
     alias: str
 
 
+class Submission(BaseModel, frozen=True):
+    """An accepted and signed bundle that waits for somebody who may register it, as MLflow's model `model_id`."""
+
+    model: str
+    model_id: str
+
+
 def register(
     model: str,
     *,
@@ -72,43 +97,177 @@ def register(
     tags: Mapping[str, str] | None = None,
     description: str = "",
     gives_vectors: bool = False,
-) -> Version:
+) -> Version | Submission:
     """The version of `model` that serves `bundle`, with the alias `candidate`.
 
-    The same bundle (by SHA-256) gives the same version, whoever asks and how often.
+    The same bundle (by SHA-256) gives the same version, whoever asks and how often, on all machines that share locks
+    (`infra.locks.held_everywhere`). Where MLflow lets others register only, it is signed and left for them: `admit`.
 
     Args:
         model: name of the registered model, created on first use.
         bundle: an engine bundle as a stage returned it.
         parent: the flow's run; the registration is recorded as a child of it.
-        verdict: of the validation.
+        verdict: of the validation, which ran on this machine.
         python_model: the file MLflow loads the model from; it sees the bundle as `context.artifacts["bundle"]`.
         code_paths: packages it imports; they travel with the version.
-        tags: besides those every version has: sha256, verdict, model_id, git_sha, prefect.flow_run_id, recipe.sha256.
-        description: for people, Markdown.
+        tags: besides those every version has: sha256, size_bytes, parents, verdict, hardware, model_id, git_sha,
+            recipe.sha256, flow_run, flow_run_url, prefect.flow_run_id, prefect.flow_run_url, sbom_sha256, signed_by.
+        description: for people, Markdown; what is longer than MLflow keeps is cut off at a line.
         gives_vectors: it answers a text with a vector, and takes no parameters; else with a text.
 
     Raises:
-        ValueError: the verdict is not ACCEPT, or the name is not one MLflow allows.
+        ValueError: the verdict is not ACCEPT, the name is not one MLflow allows, or the key to sign with is none.
     """
     if verdict != ACCEPT:
         raise ValueError(
             f"Only an accepted bundle is registered; the verdict on {bundle.artifact.sha256[:12]} is {verdict}. "
             "Change the recipe or its limits and run again."
         )
-    if not re.fullmatch(r"[^/:]+", model):
-        raise ValueError(f"The name of a registered model must not be empty or contain '/' or ':'; got {model!r}.")
+    if not re.fullmatch(r"[^/:@'\"]+", model):
+        raise ValueError(f"The name of a registered model must not be empty or contain / : @ ' or \"; got {model!r}.")
+    signing_key()  # what is wrong with it is told before anything is kept
     # MLflow cannot compare and set: two flows that register the same bundle at once would make two versions.
-    with held(settings().home / "registry.lock"):
-        found = _find(model, bundle.artifact.sha256)
-        if found is None:
-            signature = _signature(gives_vectors)
-            found = _create(
-                model, bundle, parent, verdict, python_model, code_paths, tags or {}, description, signature
-            )
-        client().set_registered_model_alias(model, CANDIDATE, str(found.version))
-    client().set_tag(parent.run_id, "registered_model", f"{model}/{found.version}")
-    return Version(model=model, version=str(found.version), uri=f"models:/{model}@{CANDIDATE}", alias=CANDIDATE)
+    with held_everywhere(f"register-{model}-{bundle.artifact.sha256}", _wait_for):
+        if found := _find(model, bundle.artifact.sha256):
+            return _noted(parent, _again(found))
+        for waiting in _submitted(model, bundle.artifact.sha256):
+            return _noted(parent, _left(waiting))
+        about = (verdict, tags or {}, description, gives_vectors)
+        logged = _create(model, bundle, parent, python_model, code_paths, *about)
+        if made := _permitted(lambda: _make_version(logged, {})):
+            return _noted(parent, made)
+        client().set_logged_model_tags(logged.model_id, {SUBMISSION: WAITING})
+        return _noted(parent, _left(logged))
+
+
+def admit(model: str | None = None) -> list[Version]:
+    """The new versions of what was submitted by those who may not register, each verified byte by byte first.
+
+    Args:
+        model: only of this registered model.
+
+    Raises:
+        Unverified: something that was submitted is not as a trusted key signed it, or not what it says it is; the
+            others are registered.
+    """
+    made, refused = [], []
+    for logged in _submitted(model):
+        name, sha256 = logged.tags["registered_as"], logged.tags["sha256"]
+        with held_everywhere(f"register-{name}-{sha256}", _wait_for):
+            if _find(name, sha256) is None:
+                try:
+                    verified = _verify_submission(logged)
+                except Unverified as error:
+                    refused.append(str(error))
+                    continue
+                made.append(_make_version(logged, verified))
+            client().set_logged_model_tags(logged.model_id, {SUBMISSION: "registered"})
+    if refused:
+        raise Unverified(" ".join(refused))
+    return made
+
+
+def _verify_submission(logged: "LoggedModel") -> dict[str, str]:
+    """Its tags, as they were signed."""
+    import mlflow.artifacts
+
+    client()  # points the function below at our server
+    uri, folder = f"models:/{logged.model_id}", new_directory()
+    try:
+        with stored_files(f"model {logged.model_id}"):
+            fetched = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+        envelope = signature_of(fetched)
+        facts = check(fetched, envelope).facts
+    except Unverified as error:
+        raise Unverified(f"Model {logged.model_id} must not be registered. {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    said = (logged.tags["registered_as"], ACCEPT, logged.tags["sha256"])
+    if said != (facts.model, facts.verdict, facts.sha256):
+        raise Unverified(
+            f"Model {logged.model_id} must not be registered: it was signed as {facts.model}, {facts.verdict}, bundle "
+            f"{facts.sha256[:12]}, and submitted as {said[0]}, {said[1]}, bundle {said[2][:12]}."
+        )
+    return _signed_tags(facts, envelope)
+
+
+def _submitted(model: str | None, sha256: str | None = None) -> "list[LoggedModel]":
+    """What waits to be registered, the oldest first."""
+    if not (experiments := experiment_ids()):
+        return []
+    query = f"tags.{SUBMISSION} = '{WAITING}'"
+    query += f" and tags.registered_as = '{model}'" if model else ""
+    query += f" and tags.sha256 = '{sha256}'" if sha256 else ""
+    order = [{"field_name": "creation_timestamp", "ascending": True}]
+    return list(client().search_logged_models(experiments, query, order_by=order, max_results=1000))
+
+
+def _permitted(call: Callable[[], Version]) -> Version | None:
+    """What the call gives; None where this account may not."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        return None
+
+
+def _again(found: "ModelVersion") -> Version:
+    """A version that is there becomes the candidate again, where this account may say so."""
+    version = _version(found)
+    _permitted(lambda: _point(version))
+    return version
+
+
+def _point(version: Version) -> Version:
+    client().set_registered_model_alias(version.model, CANDIDATE, version.version)
+    return version
+
+
+def _version(found: "ModelVersion") -> Version:
+    uri = f"models:/{found.name}@{CANDIDATE}"
+    return Version(model=found.name, version=str(found.version), uri=uri, alias=CANDIDATE)
+
+
+def _left(logged: "LoggedModel") -> Submission:
+    return Submission(model=logged.tags["registered_as"], model_id=logged.model_id)
+
+
+def _noted(parent: Parent, registered: Version | Submission) -> Version | Submission:
+    known = registered.version if isinstance(registered, Version) else registered.model_id
+    client().set_tag(parent.run_id, "registered_model", f"{registered.model}/{known}")
+    return registered
+
+
+def record_verdict(bundle: StageResult, parent: Parent, *, verdict: str, why: str, name: str) -> None:
+    """Note the verdict on a bundle with its model in MLflow, where searches find it; of several runs, the last.
+
+    Args:
+        bundle: an engine bundle as a stage returned it.
+        parent: the flow's run that judged it.
+        verdict: of the validation.
+        why: in a sentence.
+        name: of the candidate.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if bundle.model_id is None:
+        return
+    tags = {"verdict": verdict, "verdict.why": why[:5000], "verdict.flow_run": parent.run_id, "candidate": name}
+    try:
+        client().get_logged_model(bundle.model_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        logger.warning("the verdict on %s is in the report only: MLflow does not know %s", name, bundle.model_id)
+    else:
+        client().set_logged_model_tags(bundle.model_id, tags)
+
+
+def _wait_for(holder: str) -> None:
+    logger.info("waiting for %s, which registers", holder)
 
 
 def _find(model: str, sha256: str) -> "ModelVersion | None":
@@ -121,25 +280,38 @@ def _create(
     model: str,
     bundle: StageResult,
     parent: Parent,
-    verdict: str,
     python_model: Path,
     code_paths: Sequence[Path],
+    verdict: str,
     tags: Mapping[str, str],
     description: str,
-    signature: "ModelSignature",
-) -> "ModelVersion":
-    from mlflow.exceptions import MlflowException
+    gives_vectors: bool,
+) -> "LoggedModel":
+    """All a version will be, kept and signed as a model of MLflow's."""
+    from mlflow.entities import LoggedModelOutput
 
     flow = client().get_run(parent.run_id).data.tags
+    bill = sbom()
+    facts = Facts(
+        model=model,
+        sha256=bundle.artifact.sha256,
+        verdict=verdict,
+        hardware=hardware(),
+        git_commit=flow.get("mlflow.source.git.commit", ""),
+        recipe_sha256=flow.get("recipe.sha256", ""),
+        sbom_sha256=hashlib.sha256(bill.encode()).hexdigest(),
+        flow_run=flow.get("prefect.flow_run_id", ""),
+        parents=_parents(bundle),
+    )
     tags = {
-        **tags,
-        "sha256": bundle.artifact.sha256,
-        "verdict": verdict,
-        "git_sha": flow.get("mlflow.source.git.commit", ""),
-        "prefect.flow_run_id": flow.get("prefect.flow_run_id", ""),
-        "recipe.sha256": flow.get("recipe.sha256", ""),
+        **{metric_name(name): value for name, value in tags.items()},
+        "size_bytes": str(bundle.artifact.size_bytes),
+        "sha256": facts.sha256,
         "flow_run": parent.run_id,
-        "signed_by": key_id(signing_key().public_key()),
+        "flow_run_url": run_url(parent.run_id, parent.experiment),
+        "prefect.flow_run_url": flow.get("prefect.flow_run_url", ""),
+        "registered_as": model,
+        "description": _cut(description),
     }
     tags = {name: value for name, value in tags.items() if value}
     with stage_run(f"register {model}", parent, params={"model": model}, inputs=[bundle]) as run:
@@ -150,45 +322,94 @@ def _create(
             tags=tags,
             model_type="registered",
         )
-        facts = Facts(
-            model=model,
-            sha256=bundle.artifact.sha256,
-            verdict=verdict,
-            git_commit=tags.get("git_sha", ""),
-            recipe_sha256=tags.get("recipe.sha256", ""),
-            flow_run=tags.get("prefect.flow_run_id", ""),
-        )
-        _write_model(logged, run.run_id, bundle, facts, python_model, code_paths, signature)
-        try:
-            client().create_registered_model(model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client().create_model_version(
+        envelope = _write_model(logged, bundle, facts, bill, python_model, code_paths, _signature(gives_vectors))
+        client().log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, 0)])
+        client().set_logged_model_tags(logged.model_id, _signed_tags(facts, envelope))
+        client().finalize_logged_model(logged.model_id, "READY")
+    return client().get_logged_model(logged.model_id)
+
+
+def _signed_tags(facts: Facts, envelope: Envelope) -> dict[str, str]:
+    """The tags of a version that its signature vouches for."""
+    tags = {
+        "sha256": facts.sha256,
+        "parents": " ".join(facts.parents),
+        "verdict": facts.verdict,
+        "hardware": json.dumps(facts.hardware),
+        "git_sha": facts.git_commit,
+        "recipe.sha256": facts.recipe_sha256,
+        "prefect.flow_run_id": facts.flow_run,
+        "sbom_sha256": facts.sbom_sha256,
+        "statement_sha256": statement_sha256(envelope),
+        "signed_by": envelope.signatures[0].keyid,
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _make_version(logged: "LoggedModel", verified: Mapping[str, str]) -> Version:
+    """A new version of what is kept as a model of MLflow's, and the candidate.
+
+    Args:
+        logged: with its tags, which whoever made it may have changed.
+        verified: tags that count instead of its own.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tags = {**logged.tags, **verified, "model_id": logged.model_id}
+    model, description = tags.pop("registered_as"), tags.pop("description", "")
+    tags.pop(SUBMISSION, None)
+    try:
+        client().create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    with held_everywhere(f"registry-{model}", _wait_for):  # so that the newest version is the candidate
+        made = client().create_model_version(
             model,
             source=f"models:/{logged.model_id}",
-            run_id=run.run_id,
+            run_id=logged.source_run_id,
             model_id=logged.model_id,
-            tags={**tags, "model_id": logged.model_id},
+            tags=tags,
             description=description,
             await_creation_for=0,  # a pointer to what is there already; waiting only announces itself
         )
-        run.set_tags({"registered_model": f"{model}/{version.version}"})
+        version = _point(_version(made))
+    if logged.source_run_id:
+        client().set_tag(logged.source_run_id, "registered_model", f"{model}/{made.version}")
     return version
+
+
+def _parents(bundle: StageResult) -> tuple[str, ...]:
+    """The digests of the models it was made from, nearest first; none where MLflow does not know it."""
+    if bundle.model_id is None:
+        return ()
+    try:
+        ancestors = lineage(bundle.model_id)[1:]
+    except ValueError as error:
+        logger.warning("the parents of %s are not named: %s", bundle.artifact.sha256[:12], error)
+        return ()
+    return tuple(ancestor.sha256 for ancestor in ancestors if ancestor.sha256)
+
+
+def _cut(description: str) -> str:
+    """As much as MLflow keeps in PostgreSQL."""
+    if len(description) <= LONGEST_DESCRIPTION:
+        return description
+    told = "\n\n(The rest is in the report, with the flow's run.)"
+    return description[: LONGEST_DESCRIPTION - len(told)].rpartition("\n")[0] + told
 
 
 def _write_model(
     logged: "LoggedModel",
-    run_id: str,
     bundle: StageResult,
     facts: Facts,
+    bill: str,
     python_model: Path,
     code_paths: Sequence[Path],
     signature: "ModelSignature",
-) -> None:
-    """The files of a version: as MLflow loads them, signed as they are."""
+) -> Envelope:
+    """Keeps the files of a version: as MLflow loads them, signed as they are."""
     import mlflow.pyfunc
-    from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
     folder = new_directory()
@@ -200,7 +421,7 @@ def _write_model(
                 mlflow_model=Model(
                     artifact_path=logged.artifact_location,
                     model_uuid=logged.model_id,
-                    run_id=run_id,
+                    run_id=logged.source_run_id,
                     model_id=logged.model_id,
                 ),
                 python_model=str(python_model),
@@ -212,12 +433,13 @@ def _write_model(
             )
         for cached in list(folder.rglob("__pycache__")):
             shutil.rmtree(cached)
-        (folder / SIGNATURE).write_text(sign(folder, facts).model_dump_json())
+        (folder / SBOM).write_text(bill)
+        envelope = sign(folder, facts)
+        (folder / SIGNATURE).write_text(envelope.model_dump_json())
         client().log_model_artifacts(logged.model_id, str(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    client().log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-    client().finalize_logged_model(logged.model_id, "READY")
+    return envelope
 
 
 def _requirements() -> list[str]:
@@ -240,6 +462,7 @@ def _signature(gives_vectors: bool) -> "ModelSignature":
             [
                 ParamSpec("max_new_tokens", "long", 64),
                 ParamSpec("temperature", "double", 0.0),
+                ParamSpec("stop", "string", [], shape=(-1,)),
                 ParamSpec("seed", "long", 0),
             ]
         ),
@@ -358,10 +581,12 @@ def verified_version(model: str, version: str) -> Path:
 
 def _verified(folder: Path, version: "ModelVersion") -> Path:
     try:
-        facts = check(folder, signature_of(folder)).facts
+        envelope = signature_of(folder)
+        facts = check(folder, envelope).facts
     except Unverified as error:
         raise Unverified(f"Version {version.version} of {version.name} must not be used. {error}") from None
-    if (facts.model, facts.sha256) != (version.name, version.tags.get("sha256")):
+    said = (version.name, version.tags.get("sha256"), version.tags.get("statement_sha256"))
+    if said != (facts.model, facts.sha256, statement_sha256(envelope)):
         raise Unverified(
             f"Version {version.version} of {version.name} must not be used: its files were signed as {facts.model} "
             f"with the bundle {facts.sha256[:12]}, and the registry says {version.tags.get('sha256', 'none')[:12]}."
@@ -408,3 +633,32 @@ def _fetch(version: "ModelVersion", out: Path) -> Path:
     uri = f"models:/{version.name}/{version.version}"
     with stored_files(uri):
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(out)))
+
+
+def tell_of_changes(webhook: Mapping[str, Any]) -> None:
+    """Have MLflow send what happens in its registry, in place of an earlier webhook of the same name.
+
+    Args:
+        webhook: name, url, events and secret, as MLflow's client takes them.
+    """
+    for known in client().list_webhooks():
+        if known.name == webhook["name"]:
+            client().delete_webhook(known.webhook_id)
+    client().create_webhook(**webhook)
+
+
+def candidates() -> list[tuple[str, str, dict[str, str]]]:
+    """Model, version and tags of every candidate that a flow registered."""
+    found = []
+    for model in client().search_registered_models():
+        if CANDIDATE in model.aliases:
+            version = client().get_model_version(model.name, model.aliases[CANDIDATE])
+            if "verdict" in version.tags:
+                found.append((model.name, str(version.version), dict(version.tags)))
+    return found
+
+
+def note(model: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered version."""
+    for name, value in tags.items():
+        client().set_model_version_tag(model, version, name, value)

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
         description="Public keys whose signatures count when versions are loaded: a file of PEMs, or the PEMs "
         "themselves; default: that of the key to sign with.",
     )
+    webhook_secret: SecretStr | None = Field(
+        None, min_length=16, description="What MLflow signs its webhooks with, which `slimline bridge` takes."
+    )
     threads: int | None = Field(None, ge=1, description="Threads of engines and training; default: one per core.")
 
     @field_validator("store", "release_store")
@@ -179,6 +182,7 @@ def shared_environment() -> dict[str, str]:
     names = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} - {
         "SLIMLINE_REDIS_URL",
         "SLIMLINE_SIGNING_KEY",
+        "SLIMLINE_WEBHOOK_SECRET",
     }
     names |= {*QUIET, "PREFECT_HOME", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "HF_HUB_OFFLINE"}
     names |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "THP_MEM_ALLOC_ENABLE"}

@@ -63,12 +63,14 @@ class Envelope(BaseModel, frozen=True):
 class Facts(BaseModel, frozen=True, extra="forbid"):
     """What a statement says about the directory beside its files.
 
-    `sha256` is that of the artifact (the bundle) in it, `parents` are those of the models it was made from.
+    `sha256` is that of the artifact (the bundle) in it, `parents` are those of the models it was made from, nearest
+    first; `hardware` is that of the verdict, as `infra.hardware.hardware` has it.
     """
 
     model: str
     sha256: Sha256
     verdict: str
+    hardware: dict[str, Any] = {}
     git_commit: str = ""
     recipe_sha256: str = ""
     sbom_sha256: str = ""
@@ -187,6 +189,11 @@ def signature_of(directory: Path) -> Envelope:
         return Envelope.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise Unverified(f"{file} is no DSSE envelope: {error.errors()[0]['msg']}. {_AGAIN}") from None
+
+
+def statement_sha256(envelope: Envelope) -> str:
+    """The digest of what was signed: it tells two statements of one key about one directory apart."""
+    return hashlib.sha256(base64.b64decode(envelope.payload)).hexdigest()
 
 
 def seal(payload_type: str, payload: bytes) -> Envelope:

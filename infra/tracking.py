@@ -629,7 +629,7 @@ class StageRun:
         kept = _thinned(self._points, POINTS_PER_WRITE)
         if kept:
             batch = [
-                Metric(_metric_name(name), float(value), timestamp, step)
+                Metric(metric_name(name), float(value), timestamp, step)
                 for step, timestamp, metrics in kept
                 for name, value in metrics.items()
             ]
@@ -858,8 +858,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _metric_name(name: str) -> str:
-    """`name` with what MLflow does not allow in it replaced by "_"."""
+def metric_name(name: str) -> str:
+    """`name` with what MLflow does not allow in names of metrics, parameters and tags replaced by "_"."""
     return re.sub(r"[^\w.\- :/]", "_", name).strip("/")[:250]
 
 
@@ -884,7 +884,7 @@ def _log_metrics(run_id: str, leaves: Mapping[str, Any], model_id: str | None = 
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    numbers = [(_metric_name(name), _number(value)) for name, value in leaves.items()]
+    numbers = [(metric_name(name), _number(value)) for name, value in leaves.items()]
     batch = [Metric(name, value, now, 0, model_id=model_id) for name, value in numbers if value is not None]
     for start in range(0, len(batch), 500):
         client().log_batch(run_id, metrics=batch[start : start + 500])
@@ -894,7 +894,7 @@ def _log_params(run_id: str, params: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
     batch = [
-        Param(_metric_name(name), value if isinstance(value, str) else json.dumps(to_jsonable_python(value)))
+        Param(metric_name(name), value if isinstance(value, str) else json.dumps(to_jsonable_python(value)))
         for name, value in flatten(params).items()
     ]
     for start in range(0, len(batch), 100):

@@ -4,11 +4,14 @@ MLflow runs this file by itself (models from code), wherever the version is load
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+if TYPE_CHECKING:
+    from tasks.engines.text import Sampling
 
 
 class Served(PythonModel):
@@ -44,23 +47,38 @@ class Served(PythonModel):
         Args:
             context: unused; the engine is loaded.
             model_input: a list of prompts, or a table whose first column is `prompt`.
-            params: max_new_tokens, temperature (0: the likeliest token), seed; an encoder has none.
+            params: max_new_tokens, temperature (0: the likeliest token), stop (texts that end an answer), seed; an
+                encoder has none.
+
+        Raises:
+            ValueError: a parameter is not allowed, or a prompt is too long.
         """
         if self.encoder is not None:
             from tasks.engines.embedding import embed
 
             return [vector.tolist() for vector in embed(self.encoder, self.tokenizer, _prompts(model_input))]
-        from tasks.engines.text import Sampling
-
-        options = params or {}
-        sampling = Sampling(
-            max_new_tokens=int(options.get("max_new_tokens", 64)),
-            temperature=float(options.get("temperature", 0.0)),
-            seed=int(options.get("seed", 0)),
-        )
+        sampling = _sampling(params or {})
         prompts = [self.generator.encode(prompt) for prompt in _prompts(model_input)]
         answers, _ = self.generator.answer(prompts, sampling)
         return [answer.text for answer in answers]
+
+
+def _sampling(params: dict[str, Any]) -> "Sampling":
+    from pydantic import ValidationError
+
+    from tasks.engines.text import Sampling
+
+    try:
+        return Sampling(
+            max_new_tokens=int(params.get("max_new_tokens", 64)),
+            temperature=float(params.get("temperature", 0.0)),
+            stop=tuple(str(text) for text in params.get("stop", ())),
+            seed=int(params.get("seed", 0)),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, said = ".".join(map(str, first["loc"])) or "params", first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{name}: {said}; got {first['input']!r}.") from None
 
 
 def _prompts(table: pd.DataFrame) -> list[str]:

@@ -42,7 +42,8 @@ def test_the_local_pool_has_all_that_runs_without_a_gpu():
     assert list(plan.work_pools) == [POOL]
     assert plan.deployments == {POOL: ("start", "optimize", "benchmark", "nightly")}
     assert plan.concurrency_limits == {}
-    assert read(prefect_file(), [RELEASE_POOL]).deployments == {RELEASE_POOL: ("promote", "rollback", "retention")}
+    of_release = ("promote", "rollback", "retention", "examine", "reconcile")
+    assert read(prefect_file(), [RELEASE_POOL]).deployments == {RELEASE_POOL: of_release}
 
 
 def test_the_limits_that_pools_name_are_created():

@@ -27,9 +27,9 @@ def ask(
         return answer.status, answer.read()
 
 
-def ask_json(url: str, body: object = None, method: str | None = None) -> Any:
+def ask_json(url: str, body: object = None, method: str | None = None, headers: Mapping[str, str] | None = None) -> Any:
     """The JSON that a server answers; {} where it answers nothing."""
-    return json.loads(ask(url, body, method=method)[1] or "{}")
+    return json.loads(ask(url, body, headers, method)[1] or "{}")
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 600.0, what: str = "") -> Any:

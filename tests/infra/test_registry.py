@@ -1,8 +1,11 @@
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -10,11 +13,15 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from infra import registry
 from infra.artifacts import new_directory, publish
+from infra.hardware import hardware
+from infra.sbom import SBOM
 from infra.settings import environment, settings
-from infra.signing import Unverified
+from infra.signing import Unverified, check, key_id, signature_of, signing_key
 from infra.tracking import StageResult, client, lineage, stage_run, start_flow
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine, load_generator
@@ -24,6 +31,12 @@ from tests.infra.asking import ask, ask_json, unused_port, wait_until
 ROOT = Path(__file__).parents[2]
 CODE = {"python_model": ROOT / "tasks" / "serving.py", "code_paths": [ROOT / "tasks", ROOT / "infra"]}
 MODEL = "tiny"
+WRONG_PARAMS = [
+    ({"max_new_tokens": 0}, "max_new_tokens: Input should be greater than or equal to 1; got 0."),
+    ({"temperature": -1.0}, "temperature: Input should be greater than or equal to 0; got -1.0."),
+    ({"stop": [""]}, "a text in `stop` must have a character"),
+    ({"seed": "x"}, "seed"),
+]
 PROMPTS = ["def parse(", "The module"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -60,7 +73,9 @@ def bundle(parent, tiny_checkpoint, tmp_path_factory) -> StageResult:
 
 @pytest.fixture(scope="module")
 def version(parent, bundle):
-    return registry.register(MODEL, bundle=bundle, parent=parent, verdict="ACCEPT", tags={"engine": "ort"}, **CODE)
+    return registry.register(
+        MODEL, bundle=bundle, parent=parent, verdict="ACCEPT", tags={"engine": "ort", "pass@1": "0.5"}, **CODE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +94,81 @@ def test_a_version_says_what_it_is_and_where_it_came_from(version, bundle, paren
     assert tags["prefect.flow_run_id"] == "f1"
     assert tags["recipe.sha256"] == client().get_run(parent.run_id).data.tags["recipe.sha256"]
     assert [a.name for a in lineage(version.uri)] == [MODEL, "compile", "import"]
+    assert tags["size_bytes"] == str(bundle.artifact.size_bytes)
+    assert json.loads(tags["hardware"])["cpu"] == hardware()["cpu"]
+    assert tags["flow_run_url"].endswith(f"/runs/{parent.run_id}?workflowType=machine_learning")
+    assert tags["pass_1"] == "0.5"
 
 
-def test_a_version_pins_published_versions_of_what_it_needs(version, tmp_path):
-    uri = f"models:/{MODEL}/{version.version}/requirements.txt"
-    pins = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path))).read_text()
-    assert f"onnxruntime=={metadata.version('onnxruntime')}" in pins.splitlines()
-    assert "+" not in pins
+def test_what_is_signed_says_what_the_tags_say(version):
+    tags = client().get_model_version_by_alias(MODEL, "candidate").tags
+    place = registry.verified_version(MODEL, version.version)
+    facts = check(place, signature_of(place)).facts
+    assert (facts.model, facts.verdict, facts.sha256) == (MODEL, "ACCEPT", tags["sha256"])
+    assert facts.parents == (client().get_logged_model(original_of(version)).tags["sha256"],) == (tags["parents"],)
+    assert facts.hardware == json.loads(tags["hardware"])
+    assert hashlib.sha256((place / SBOM).read_bytes()).hexdigest() == facts.sbom_sha256 == tags["sbom_sha256"]
+    assert facts.recipe_sha256 == tags["recipe.sha256"]
+    assert key_id(signing_key().public_key()) == tags["signed_by"]
+
+
+def test_a_description_that_postgresql_would_refuse_is_cut_at_a_line(parent):
+    cut = registry._cut("line\n" * 2000)
+    assert len(cut) <= 5000
+    assert cut.endswith("line\n\n(The rest is in the report, with the flow's run.)")
+    assert registry._cut("short") == "short"
+
+
+def test_a_verdict_on_what_gets_no_version_is_found_in_mlflow(bundle, parent):
+    registry.record_verdict(bundle, parent, verdict="REJECT", why="It is 3 % slower.", name="int8/onnxruntime")
+    query = "tags.verdict = 'REJECT' and tags.candidate = 'int8/onnxruntime'"
+    (found,) = client().search_logged_models([parent.experiment], query)
+    assert found.model_id == bundle.model_id
+    assert found.tags["verdict.why"] == "It is 3 % slower."
+    assert found.tags["verdict.flow_run"] == parent.run_id
+    elsewhere = bundle.model_copy(update={"model_id": "m-of-another-server"})
+    registry.record_verdict(elsewhere, parent, verdict="REJECT", why="", name="")
+
+
+def pins_of(version: registry.Version) -> list[str]:
+    return (registry.verified_version(MODEL, version.version) / "requirements.txt").read_text().splitlines()
+
+
+def brought_by(pins: list[str]) -> set[str]:
+    """The distributions that pip installs for these, as those that are installed here require each other."""
+    found, waiting = set(), [Requirement(pin) for pin in pins]
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), {"", *requirement.extras}
+        if name in found:
+            continue
+        found.add(name)
+        with suppress(metadata.PackageNotFoundError):  # for another platform
+            for each in map(Requirement, metadata.requires(name) or ()):
+                if not each.marker or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+                    waiting.append(each)
+    return found
+
+
+def link_distributions(names: set[str], site: Path) -> None:
+    """A directory of packages with nothing but these distributions."""
+    site.mkdir()
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):  # for another platform
+            found = metadata.distribution(name)
+            for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+                if not (site / top).exists():
+                    (site / top).symlink_to(Path(str(found.locate_file(top))))
+
+
+def original_of(version: registry.Version) -> str:
+    return lineage(version.uri)[-1].model_id
+
+
+def test_a_version_pins_published_versions_of_what_it_needs(version):
+    pins = pins_of(version)
+    assert f"onnxruntime=={metadata.version('onnxruntime')}" in pins
+    assert not [pin for pin in pins if "+" in pin]
 
 
 def test_the_same_bundle_gives_the_same_version(version, bundle):
@@ -108,7 +191,10 @@ def test_a_name_mlflow_cannot_store_is_refused(bundle, parent):
         registry.register("a/b", bundle=bundle, parent=parent, verdict="ACCEPT", **CODE)
 
 
-def test_a_fresh_process_elsewhere_generates_with_the_registered_engine(version, expected, home, tmp_path):
+def test_a_process_elsewhere_generates_with_what_the_version_brings_and_pins(version, expected, home, tmp_path):
+    """There is no Slimline there, and of the libraries only what pip installs for the version's requirements."""
+    site = tmp_path / "site"
+    link_distributions(brought_by(pins_of(version)), site)
     code = (
         "import sys, json, mlflow, pandas as pd\n"
         "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
@@ -122,9 +208,9 @@ def test_a_fresh_process_elsewhere_generates_with_the_registered_engine(version,
         "except ValueError as error: print(error)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:mlflow", "-c", code, version.uri, json.dumps(PROMPTS)],
+        [sys.executable, "-S", "-W", "error::UserWarning:mlflow", "-c", code, version.uri, json.dumps(PROMPTS)],
         cwd=tmp_path,
-        env=elsewhere(home),
+        env=elsewhere(home, PYTHONPATH=str(site)),
         capture_output=True,
         text=True,
         check=False,
@@ -151,12 +237,20 @@ def test_mlflow_models_serve_answers_with_generated_text(version, expected, home
             stderr=log,
             start_new_session=True,
         )
+    address = f"http://127.0.0.1:{port}/invocations"
     try:
         wait_until(lambda: answers(server, tmp_path / "log", port), 120, "the scoring server")
         split = {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}
         for body in ({"inputs": PROMPTS}, {"dataframe_split": split}):
-            answer = ask_json(f"http://127.0.0.1:{port}/invocations", {**body, "params": {"max_new_tokens": 8}})
+            answer = ask_json(address, {**body, "params": {"max_new_tokens": 8}})
             assert answer["predictions"] == expected
+        stop = expected[1][len(expected[1]) // 2 :]
+        answer = ask_json(address, {"inputs": PROMPTS[1:], "params": {"max_new_tokens": 8, "stop": ["no", stop]}})
+        assert answer["predictions"] == [expected[1][: expected[1].index(stop)]]
+        for params, message in WRONG_PARAMS:
+            with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                ask(address, {"inputs": PROMPTS, "params": params})
+            assert message in refused.value.read().decode()
     finally:
         group = [p for p in psutil.process_iter() if in_group(p, server.pid)]
         for process in group:
@@ -273,8 +367,7 @@ def elsewhere(home: Path, **changes: str) -> dict[str, str]:
         MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}",
         SLIMLINE_HOME=None,
         SLIMLINE_TRUSTED_KEYS=str(home / "keys" / "trusted.pem"),
-        PYTHONPATH=None,
-        **changes,
+        **{"PYTHONPATH": None, **changes},
     )
 
 
