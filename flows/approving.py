@@ -189,7 +189,7 @@ def resume(request: Entry, *, who: str, why: str, approve: bool) -> None:
     form = {"who": said(who, "who answers"), "why": said(why, "why"), "decision": "approve" if approve else "refuse"}
     try:
         resume_flow_run(UUID(request.flow_run), run_input=form)
-    except (FlowPauseTimeout, NotPausedError, ObjectNotFound) as error:
+    except (FlowPauseTimeout, NotPausedError, ObjectNotFound, RuntimeError) as error:
         raise Refused(
             f"The flow run {request.flow_run} asked to promote version {request.version} of {request.model}; it does "
             f"not wait for an answer: {error} Look at its page, or ask again."
