@@ -41,7 +41,8 @@ def call_everywhere(
         import ray.exceptions as died
     except ImportError:
         raise InfrastructureError(
-            "SLIMLINE_RAY_ADDRESS is set, and Ray is not installed. Install the extra 'ray', or unset the variable."
+            f"SLIMLINE_FAN_OUT=ray:{address} needs Ray, which is not installed. Install the extra 'ray', or unset the "
+            "variable."
         ) from None
     variables = {**environment, "PYTHONPATH": str(ROOT)}
     try:
@@ -88,6 +89,6 @@ def require_answer(address: str) -> None:
 
 def _silent(address: str, error: Exception) -> InfrastructureError:
     return InfrastructureError(
-        f"No Ray cluster answers at SLIMLINE_RAY_ADDRESS={address}: {error}. Start it (`ray start --head`), or unset "
+        f"No Ray cluster answers at SLIMLINE_FAN_OUT=ray:{address}: {error}. Start it (`ray start --head`), or unset "
         "the variable."
     )

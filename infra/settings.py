@@ -67,8 +67,11 @@ class Settings(BaseSettings):
         pattern="^[^/]+/[^/]+$",
         description="Prefect block that is told of runs in trouble, as TYPE/NAME: slack-webhook/team.",
     )
-    ray_address: str | None = Field(
-        None, min_length=1, description="Ray cluster whose nodes make candidates side by side: auto, or HOST:PORT."
+    fan_out: str | None = Field(
+        None,
+        pattern="^(ray|prefect):.+$",
+        description="Who makes candidates side by side: ray:HOST:PORT or ray:auto, the nodes of a Ray cluster; "
+        "prefect:DEPLOYMENT, the workers of the pool of that deployment (prefect.yaml's is candidate).",
     )
     machine_lock: Path = Field(
         Path(tempfile.gettempdir()) / "slimline-machine.lock",

@@ -103,8 +103,8 @@ def test_a_sweep_completes_though_one_of_its_two_nodes_dies(tiny_checkpoint, tmp
     flow = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "run", str(home / "recipe.yaml")],
         cwd=ROOT,
-        env={**os.environ, "SLIMLINE_HOME": str(home), "SLIMLINE_RAY_ADDRESS": cluster.address, "SLIMLINE_THREADS": "1",
-             "COLUMNS": "200"},
+        env={**os.environ, "SLIMLINE_HOME": str(home), "SLIMLINE_FAN_OUT": f"ray:{cluster.address}",
+             "SLIMLINE_THREADS": "1", "COLUMNS": "200"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,6 +143,6 @@ def started_on(node: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 def test_a_cluster_that_does_not_answer_is_said(tiny_checkpoint, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(short("sweep", tiny_checkpoint)))
-    said = slimline("run", str(tmp_path / "recipe.yaml"), home=tmp_path, SLIMLINE_RAY_ADDRESS="127.0.0.1:1")
+    said = slimline("run", str(tmp_path / "recipe.yaml"), home=tmp_path, SLIMLINE_FAN_OUT="ray:127.0.0.1:1")
     assert said.returncode == 1
-    assert "No Ray cluster answers at SLIMLINE_RAY_ADDRESS=127.0.0.1:1" in said.stderr
+    assert "No Ray cluster answers at SLIMLINE_FAN_OUT=ray:127.0.0.1:1" in said.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import yaml
 
 from infra.services import Addresses, postgres
@@ -216,22 +217,25 @@ class Production:
         return _answers(lambda: self.prefect("flows/paginate", {}))
 
     def deploy(self) -> None:
-        """prefect.yaml, and beside it a flow that does nothing but hold a slot."""
+        """prefect.yaml, and beside it a flow that does nothing but hold a slot, and one in a pool without workers."""
         content = yaml.safe_load((ROOT / "prefect.yaml").read_text())
         hold = {"name": "hold", "entrypoint": "tests.infra.held_slot.hold", "work_pool": {"name": "gpu-sm90"}}
         hold["work_pool"]["job_variables"] = {"env": {"PREFECT_CLIENT_METRICS_ENABLED": "false"}}
-        content["deployments"].append(hold)
+        idle = {"name": "idle", "entrypoint": "flows.fanning.make_candidate", "work_pool": {"name": "trt-sm90"}}
+        content["deployments"] += [hold, idle]
         (self.where / "prefect.yaml").write_text(yaml.safe_dump(content))
         command = [PYTHON, "-m", "flows.cli", "deploy", "--file", str(self.where / "prefect.yaml")]
         self.once("deploy", command, **self.worker_environment("cpu"))
 
-    def start_worker(self, pool: str, **env: str) -> None:
-        command = [PYTHON, "-m", "prefect", "worker", "start", "--pool", pool, "--name", pool, "--limit", "1"]
+    def start_worker(self, pool: str, machine: str = "", **env: str) -> None:
+        """A worker with a home of its own, as on a machine of its own; the default is named like its pool."""
+        name = machine or pool
+        command = [PYTHON, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", "1"]
         self.start(
-            f"worker-{pool}",
+            f"worker-{name}",
             [*command, "--install-policy", "never"],
             **{
-                **self.worker_environment(pool),
+                **self.worker_environment(name),
                 "PYTHONPATH": str(ROOT),  # elsewhere, Slimline is installed
                 "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
                 "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -241,9 +245,21 @@ class Production:
             },
         )
 
-    def has_worker(self, pool: str) -> bool:
+    def has_worker(self, pool: str, count: int = 1) -> bool:
         online = {"workers": {"status": {"any_": ["ONLINE"]}}}
-        return bool(self.prefect(f"work_pools/{pool}/workers/filter", online))
+        return len(self.prefect(f"work_pools/{pool}/workers/filter", online)) >= count
+
+    def below(self, worker: str) -> list[psutil.Process]:
+        """What a worker has started, all generations."""
+        return psutil.Process(self.processes[f"worker-{worker}"].pid).children(recursive=True)
+
+    def kill_machine(self, worker: str) -> None:
+        """SIGKILL to a worker and all that it runs at once, as when its machine goes."""
+        family = [psutil.Process(self.processes[f"worker-{worker}"].pid), *self.below(worker)]
+        for how in (signal.SIGSTOP, signal.SIGKILL):  # nobody may still say that somebody died
+            for process in family:
+                process.send_signal(how)
+        self.processes.pop(f"worker-{worker}").wait(30)
 
     def s3(self) -> Any:
         keys = {name.lower(): value for name, value in self.s3_keys.items()}

@@ -4,7 +4,7 @@ The tests run in the order in which they stand here: one flow run lives through 
 """
 
 import json
-import signal
+import re
 import subprocess
 import threading
 import urllib.error
@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import pytest
+import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -120,17 +120,8 @@ def killed(production, small) -> str:
     wait_until(production.mlflow_answers, what="MLflow again")
     wait_until(lambda: len(_finished(production, run)) > finished, what="a stage after the servers came back")
     assert production.state(run)["name"] == "Running"
-    family = [production.processes["worker-cpu"].pid, *_below(production.processes["worker-cpu"].pid)]
-    for pid in family:
-        psutil.Process(pid).send_signal(signal.SIGSTOP)  # nobody may still say that somebody died
-    for pid in family:
-        psutil.Process(pid).kill()
-    production.processes.pop("worker-cpu").wait(30)
+    production.kill_machine("cpu")
     return run
-
-
-def _below(pid: int) -> list[int]:
-    return [process.pid for process in psutil.Process(pid).children(recursive=True)]
 
 
 def _finished(production: Production, run: str) -> set[str]:
@@ -230,8 +221,7 @@ def test_a_run_whose_worker_was_killed_counts_as_crashed_and_goes_on_after_its_f
 
 def test_it_is_one_run_in_mlflow_with_its_files_in_s3(resumed, production):
     query = f"tags.`prefect.flow_run_id` = '{resumed}' and tags.`slimline.role` = 'flow'"
-    experiment = production.mlflow("api/2.0/mlflow/experiments/get-by-name?experiment_name=slimline")["experiment"]
-    ids = [experiment["experiment_id"]]
+    ids = [_experiment(production)]
     (run,) = production.mlflow("api/2.0/mlflow/runs/search", {"experiment_ids": ids, "filter": query})["runs"]
     assert run["info"]["status"] == "FINISHED"
     assert run["info"]["artifact_uri"].startswith("mlflow-artifacts:/")
@@ -241,6 +231,103 @@ def test_it_is_one_run_in_mlflow_with_its_files_in_s3(resumed, production):
     assert version["name"] == "tiny"
     artifacts = production.s3().list_objects_v2(Bucket="slimline", Prefix="production/artifacts/")["Contents"]
     assert len(artifacts) >= 5
+
+
+@pytest.fixture(scope="module")
+def measured(resumed, production, tiny_checkpoint) -> dict[str, str]:
+    """Runs of the deployments that measure what is registered: asked for, and as every night."""
+    asked = {"bundle": "models:/tiny@candidate", "against": str(tiny_checkpoint), "recipe": "defaults"}
+    asked["limits"] = ["perplexity.max_degradation_percent=1000"]
+    runs = {}
+    for deployment in ("benchmark", "nightly"):
+        runs[deployment] = run = production.run(f"benchmark/{deployment}", **asked)
+        wait_until(lambda run=run: production.state(run)["name"] in ENDED, 900, deployment)
+    return runs
+
+
+def test_a_registered_version_is_measured_by_benchmark_and_anew_by_nightly(measured, production):
+    stages = {}
+    for deployment, run in measured.items():
+        assert production.state(run)["name"] == "Completed", production.log("worker-cpu")[-3000:]
+        below = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
+        (inner,) = production.prefect("flow_runs/filter", below)
+        states = production.task_states(inner["id"])
+        stages[deployment] = {name.rpartition("-")[0]: found for name, found in states.items()}
+    assert stages["benchmark"].keys() == stages["nightly"].keys() > {"measure-quality", "measure-speed"}
+    assert {state for states in stages["nightly"].values() for state in states} == {"Completed"}  # found just before
+
+
+def test_every_measurement_is_a_run_in_mlflow_with_its_verdict(measured, production):
+    query = {"experiment_ids": [_experiment(production)], "filter": "tags.bundle = 'models:/tiny@candidate'"}
+    runs = production.mlflow("api/2.0/mlflow/runs/search", query)["runs"]
+    assert [run["info"]["status"] for run in runs] == ["FINISHED"] * len(measured)
+    for run in runs:
+        figures = {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}
+        assert figures["num_accept"] == 1
+        assert figures["winner.perplexity"] > 1
+
+
+def test_candidates_are_made_by_the_workers_of_a_pool_and_again_where_one_dies(production, small):
+    for machine in ("left", "right"):
+        production.start_worker("candidates", machine)
+    wait_until(lambda: production.has_worker("candidates", 2), what="both workers")
+    candidates = {"int8": {"quantization": INT8}, "int4": {"quantization": {**INT8, "weights": {"bits": 4}}}}
+    recipe = production.where / "sweep.yaml"
+    recipe.write_text(yaml.safe_dump({**small, "name": "sweep", "seed": 1, "candidates": candidates}))
+    asking = production.worker_environment("asking") | {"SLIMLINE_FAN_OUT": "prefect:candidate", "COLUMNS": "200"}
+    flow = subprocess.Popen(
+        [PYTHON, "-m", "flows.cli", "run", str(recipe)],
+        cwd=ROOT,
+        env=production.environment(**asking),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+    def works(machine: str) -> bool:
+        return any("forkserver" in word for process in production.below(machine) for word in process.cmdline())
+
+    wait_until(lambda: flow.poll() is not None or works("left"), what="a stage of a candidate")
+    production.kill_machine("left")
+    told = flow.communicate(timeout=900)[1]
+    assert flow.returncode == 0, told
+    assert told.count("  made  ") == 1 + len(candidates), told
+    assert told.count("Nothing was heard of this run") == 1, told  # and then the other worker made it
+    own = [line for line in told.rpartition("  made  ")[2].splitlines() if re.search(r"done .*int\d", line)]
+    assert own
+    assert all(line.endswith("cached") for line in own), told
+    running = {"experiment_ids": [_experiment(production)], "filter": "attributes.status = 'RUNNING'"}
+    assert not production.mlflow("api/2.0/mlflow/runs/search", running).get("runs")
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ("prefect:nothing", "must have the deployment make-candidate/nothing that SLIMLINE_FAN_OUT names"),
+        ("prefect:idle", "The work pool trt-sm90 must have workers; none is online"),
+        ("workers", "SLIMLINE_FAN_OUT='workers': String should match pattern"),
+    ],
+)
+def test_what_cannot_fan_out_is_one_sentence(production, small, asked, refused):
+    recipe = production.where / "small.yaml"
+    recipe.write_text(yaml.safe_dump(small))
+    asking = production.worker_environment("asking") | {"SLIMLINE_FAN_OUT": asked, "COLUMNS": "200"}
+    said = subprocess.run(
+        [PYTHON, "-m", "flows.cli", "run", str(recipe)],
+        cwd=ROOT,
+        env=production.environment(**asking),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert said.returncode in (1, 2)
+    assert refused in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def _experiment(production: Production) -> str:
+    found = production.mlflow("api/2.0/mlflow/experiments/get-by-name?experiment_name=slimline")
+    return str(found["experiment"]["experiment_id"])
 
 
 def test_no_secret_is_in_a_log_an_artifact_a_recipe_or_a_tag(resumed, production):
