@@ -1,6 +1,7 @@
 """The `slimline` command."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -161,6 +162,27 @@ def check(
         show(found)
     if found.obstacles:
         raise typer.Exit(Exit.BAD_INPUT)
+
+
+@app.command()
+def join(
+    recipe: RecipeArgument,
+    rank: Annotated[int, typer.Option(min=1, help="Of this machine among the nodes; the run's own is 0.")] = 1,
+) -> None:
+    """Take part in the trainings of a run of this recipe on another machine that shares its home; ends by Ctrl-C."""
+    with _told():
+        prepare_environment()
+        from infra.torchrun import join as join_once
+
+        how = _load(recipe, None).execution.training
+        if rank >= how.nodes:
+            raise ValueError(
+                f"--rank must be below execution.training.nodes of the recipe, which is {how.nodes}; got {rank}."
+            )
+        console.print(f"taking part in what {how.rendezvous} trains, as node {rank} of {how.nodes}")
+        while True:
+            join_once(how, rank)
+            time.sleep(1)
 
 
 @app.command()

@@ -35,11 +35,17 @@ def fan_out(recipe: Recipe, run: Runner) -> None:
     flow comes to it.
 
     Raises:
+        ValueError: the recipe trains on several nodes.
         StageError: what all candidates need failed.
         InfrastructureError: the cluster does not answer, or nobody works for the pool.
     """
     if not settings().fan_out:
         return
+    if recipe.execution.training.nodes > 1:
+        raise ValueError(
+            f"One training by several nodes meets at the run's machine, and SLIMLINE_FAN_OUT={settings().fan_out} takes "
+            "it elsewhere. Unset the variable, or drop execution.training.nodes."
+        )
     kind, _, where = str(settings().fan_out).partition(":")
     if kind == "ray":
         require_answer(where)

@@ -193,6 +193,14 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         return self
 
     @model_validator(mode="after")
+    def _processes_share_evenly(self) -> "Recipe":
+        for candidate in self.candidates.values():
+            for stage in (candidate.distillation, candidate.recovery, candidate.quantization_training):
+                if stage:
+                    stage.shared_by(self.execution.training.processes)
+        return self
+
+    @model_validator(mode="after")
     def _engines_hold_the_grids(self) -> "Recipe":
         for name, candidate in self.candidates.items():
             for engine in self.engines_of(candidate):

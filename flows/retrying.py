@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from infra.console import console
 from infra.failures import is_transient
 from infra.isolation import NativeCrash, OutOfMemory
+from infra.torchrun import Torchrun
 
 Failure = Literal["transient", "crash", "out_of_memory"]
 MAX_DELAY_S = 600.0
@@ -47,6 +48,7 @@ class Execution(BaseModel, frozen=True, extra="forbid"):
     """How stages are run; changes nothing about their results."""
 
     retries: Retries = Retries()
+    training: Torchrun = Torchrun()
     max_minutes_per_stage: float | None = Field(
         None, gt=0, description="A stage that takes longer is ended, with all it started. null: as long as it takes."
     )

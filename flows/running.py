@@ -48,8 +48,8 @@ class Runner:
     def of(cls, recipe: Recipe, parent: Parent) -> "Runner":
         """As the recipe's `execution` says."""
         minutes = recipe.execution.max_minutes_per_stage
-        limited = parent.model_copy(update={"stage_timeout_s": 60 * minutes if minutes else None})
-        return cls(limited, recipe.execution.retries)
+        update = {"stage_timeout_s": 60 * minutes if minutes else None, "training": recipe.execution.training}
+        return cls(parent.model_copy(update=update), recipe.execution.retries)
 
     def __call__(self, task: "Task[..., StageResult]", label: str = "", /, **arguments: Any) -> StageResult:
         """The result of the stage, from the cache if it is there.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from infra.artifacts import Artifact, exists, fetch, new_directory, publish
 from infra.caching import current_key
@@ -15,6 +16,7 @@ from infra.failures import is_transient
 from infra.isolation import Finished, run_isolated
 from infra.progress import page_progress
 from infra.settings import settings
+from infra.torchrun import Torchrun
 from infra.tracking import Parent, StageResult, StageRun, stage_run
 
 
@@ -38,6 +40,7 @@ def run_stage(
     is_model: bool = False,
     work_dir: Path | None = None,
     timeout_s: float | None = None,
+    together: bool = False,
 ) -> StageResult:
     """Call the stage function in its own process, publish what it wrote, and record it as a child of `parent`.
 
@@ -54,6 +57,7 @@ def run_stage(
         is_model: whether the result is a model, a node of the lineage.
         work_dir: kept when the stage fails or is killed, so that it can go on; removed when it is done.
         timeout_s: after which it is ended, with all it started; None: as `parent` says.
+        together: it may be called by several processes at once, as many as `parent` says; needs `work_dir`.
 
     What was computed is noted before it is published and recorded: if a store or server is gone by then, the next
     attempt, of this run or of a later one, only does that. `forget` removes the note.
@@ -87,10 +91,13 @@ def run_stage(
             if computed:
                 run.set_tags({"slimline.computed": "by an attempt that was ended before it was recorded"})
             else:
+                call = function, arguments
+                if together and parent.training.processes > 1:
+                    call = _together(function, arguments, parent.training)
                 try:
                     _, finished = run_isolated(
-                        function,
-                        {**arguments, "out": out},
+                        call[0],
+                        {**call[1], "out": out},
                         result=result,
                         log_path=settings().home / "logs" / f"{run.run_id}.log",
                         on_progress=on_progress,
@@ -116,6 +123,17 @@ def run_stage(
     if work_dir:
         shutil.rmtree(work_dir, ignore_errors=True)
     return done
+
+
+def _together(function: str, arguments: dict[str, Any], how: Torchrun) -> tuple[str, dict[str, Any]]:
+    """The stage function that calls `function` in several processes, and its arguments."""
+    given = {name: value for name, value in arguments.items() if name != "work_dir"}
+    return "infra.torchrun:run", {
+        "function": function,
+        "arguments": to_jsonable_python(given),
+        "how": how,
+        "work_dir": arguments["work_dir"],
+    }
 
 
 class _Computed(BaseModel, frozen=True):

@@ -30,6 +30,7 @@ from infra.failures import silent_server
 from infra.hardware import hardware, versions
 from infra.locks import held
 from infra.settings import prepare_environment, settings
+from infra.torchrun import Torchrun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,12 +62,14 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Parent(BaseModel, frozen=True):
     """The MLflow run of a flow run. Tasks get it to record under; it is never part of a cache key.
 
-    `experiment` is the experiment's id; `stage_timeout_s` is the limit of stages that have none of their own.
+    `experiment` is the experiment's id; `stage_timeout_s` is the limit of stages that have none of their own;
+    `training` says how many processes train together.
     """
 
     run_id: str
     experiment: str
     stage_timeout_s: float | None = None
+    training: Torchrun = Torchrun()
 
 
 class StageResult(BaseModel, frozen=True, extra="forbid"):

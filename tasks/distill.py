@@ -31,7 +31,7 @@ def distill(
         arguments={
             "teacher": teacher.artifact.path,
             "data": data.artifact.path,
-            "options": options,
+            "options": options.shared_by(parent.training.processes),
             "seed": seed,
         },
         params={"distillation": options, "seed": seed},
@@ -40,6 +40,7 @@ def distill(
         label=label,
         is_model=True,
         work_dir=work_directory(key),
+        together=True,
     )
 
 
@@ -71,7 +72,7 @@ def recover(
             "checkpoint": checkpoint.artifact.path,
             "teacher": teacher.artifact.path,
             "data": data.artifact.path,
-            "options": options,
+            "options": options.shared_by(parent.training.processes),
             "seed": seed,
         },
         params={"recovery": options, "seed": seed},
@@ -80,4 +81,5 @@ def recover(
         label=label,
         is_model=True,
         work_dir=work_directory(stage_key("recover", content, *DECIDES, None)),
+        together=True,
     )

@@ -82,7 +82,7 @@ def train_quantized(
             "checkpoint": checkpoint.artifact.path,
             "teacher": teacher.artifact.path,
             "data": data.artifact.path,
-            "options": options,
+            "options": options.shared_by(parent.training.processes),
             "seed": seed,
         },
         params={"quantization_training": options, "seed": seed},
@@ -91,4 +91,5 @@ def train_quantized(
         label=label,
         is_model=True,
         work_dir=work_directory(stage_key("train-quantized", content, *TRAINING, None)),
+        together=True,
     )

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -65,6 +65,22 @@ class Loss(BaseModel, frozen=True, extra="forbid"):
     )
     temperature: float = Field(1.0, gt=0, le=100, description="T; 1 compares the distributions as they are.")
     training: Training = Training()
+
+    def shared_by(self, processes: int) -> Self:
+        """What each of so many processes does, so that together they take the same steps.
+
+        Raises:
+            ValueError: a step has not as many passes, nor sequences in each, as can be shared evenly.
+        """
+        for name in ("gradient_accumulation_steps", "batch_size"):
+            share, rest = divmod(getattr(self.training, name), processes)
+            if not rest:
+                return self.model_copy(update={"training": self.training.model_copy(update={name: share})})
+        raise ValueError(
+            f"{processes} processes share the passes of a step, or the sequences of a pass; got "
+            f"gradient_accumulation_steps {self.training.gradient_accumulation_steps} and batch_size "
+            f"{self.training.batch_size}. Make one of them a multiple of {processes}."
+        )
 
 
 class Distillation(Loss, frozen=True, extra="forbid"):
