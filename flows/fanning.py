@@ -43,8 +43,8 @@ def fan_out(recipe: Recipe, run: Runner) -> None:
         return
     if recipe.execution.training.nodes > 1:
         raise ValueError(
-            f"One training by several nodes meets at the run's machine, and SLIMLINE_FAN_OUT={settings().fan_out} takes "
-            "it elsewhere. Unset the variable, or drop execution.training.nodes."
+            f"A training by several nodes meets at the run's machine; SLIMLINE_FAN_OUT={settings().fan_out} takes it "
+            "elsewhere. Unset the variable, or drop execution.training.nodes."
         )
     kind, _, where = str(settings().fan_out).partition(":")
     if kind == "ray":

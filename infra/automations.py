@@ -1,8 +1,9 @@
 """What Prefect does by itself: about flow runs in trouble, and about what happens in MLflow's registry.
 
-Prefect's own server notices no dead process: a run whose machine went away would be "Running" for ever. Runs say twice
-a minute that they live; one that is silent for `DEAD_AFTER` is taken for crashed. That can be wrong (a machine that was
-asleep), so nothing is lost by it: running it again goes on after the finished stages.
+Prefect's own server notices no dead process: a run whose machine went away would be "Running" for ever, or "Pending"
+if that was starting it. Runs say twice a minute that they live; one that is silent for `DEAD_AFTER`, or has not begun
+`BEGUN_WITHIN` of being taken by a worker, counts as crashed. That can be wrong (a machine that was asleep), so nothing
+is lost by it: running it again goes on after the finished stages.
 """
 
 from datetime import timedelta
@@ -16,6 +17,8 @@ from prefect.exceptions import ObjectNotFound
 
 DEAD_AFTER = timedelta(seconds=90)
 """Three heartbeats."""
+BEGUN_WITHIN = timedelta(minutes=30)
+"""Time enough to fetch the image of a container."""
 ENDED = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
 ALIAS_SET = "mlflow.model_version_alias.created"
 MODELS = {"prefect.resource.id": "mlflow.registered-model.*"}
@@ -41,6 +44,29 @@ def dead_runs(after: timedelta = DEAD_AFTER) -> AutomationCore:
                 state=StateType.CRASHED,
                 message=f"Nothing was heard of this run for {after.total_seconds():.0f} s: its process or machine is "
                 "gone. Run it again: finished stages are cached.",
+            )
+        ],
+    )
+
+
+def never_begun(within: timedelta = BEGUN_WITHIN) -> AutomationCore:
+    """Runs that a worker took and that have not begun `within` are crashed."""
+    return AutomationCore(
+        name="slimline: a run that does not begin is crashed",
+        description="Whoever was starting the run is gone, and it would keep its place in the queue. Run it again.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.Pending"},
+            expect={f"prefect.flow-run.{state}" for state in ("Running", *ENDED)},
+            match=FLOW_RUNS,  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=within,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"A worker took this run {within.total_seconds():.0f} s ago and did not begin it. Retry it.",
             )
         ],
     )
@@ -120,7 +146,7 @@ def create_automations(client: SyncPrefectClient, notification_block: str | None
     Raises:
         ValueError: there is no such block.
     """
-    wanted = [dead_runs()]
+    wanted = [dead_runs(), never_begun()]
     if notification_block:
         kind, _, name = notification_block.partition("/")
         block_id = _block_id(client, kind, name)

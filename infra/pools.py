@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from httpx import HTTPError
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Scheduled
@@ -17,10 +18,10 @@ from infra.console import console
 from infra.failures import InfrastructureError
 
 POLL_S = 2.0
+RETRY_AFTER = timedelta(seconds=15)
+"""A worker of Prefect 3.8 dies when it is given a run again while it still cleans up after it."""
 MAX_RETRIES = 5
 """Of a run whose worker or process died."""
-PENDING_S = 300.0
-"""After which a run that was handed to a worker and has not begun is given to another."""
 
 
 class Ended(NamedTuple):
@@ -50,17 +51,19 @@ def run_everywhere(deployment: str, calls: Mapping[str, Mapping[str, Any]], *, k
         try:
             while waiting:
                 for run in [client.read_flow_run(each) for each in waiting]:
-                    if _is_lost(run):
+                    state = run.state
+                    if state and state.is_crashed():  # so also Prefect calls one that infra/automations.py gave up
                         deaths[run.id] += 1
                         name = waiting[run.id]
-                        said = (run.state and run.state.message) or "it had been handed to a worker, and did not begin"
                         if deaths[run.id] > MAX_RETRIES:
-                            raise InfrastructureError(f"{name} could not be made by the workers: {said}")
+                            raise InfrastructureError(f"{name} could not be made by the workers: {state.message}")
                         console.print(f"  [yellow]again[/]  {name}: ", end="")
-                        console.print(said, markup=False, soft_wrap=True)
-                        client.set_flow_run_state(run.id, Scheduled(name="AwaitingRetry"), force=True)
-                    elif run.state and run.state.is_final():
-                        yield waiting.pop(run.id), _ended(run)
+                        console.print(state.message, markup=False, soft_wrap=True)
+                        again = Scheduled(datetime.now(UTC) + RETRY_AFTER, name="AwaitingRetry")
+                        client.set_flow_run_state(run.id, again, force=True)
+                    elif state and state.is_final():
+                        where = (run.infrastructure_pid or "a worker").partition(":")[0]
+                        yield waiting.pop(run.id), Ended(where, state.message or "", state.is_completed())
                 time.sleep(POLL_S if waiting else 0)
         finally:
             with suppress(HTTPError):  # without its server nothing can be cancelled
@@ -96,18 +99,3 @@ def require_workers(deployment: str) -> None:
             f"The work pool {pool} must have workers; none is online. Start one on each machine (prefect worker start "
             f"--pool {pool} --limit 1), or unset SLIMLINE_FAN_OUT."
         )
-
-
-def _is_lost(run: FlowRun) -> bool:
-    """Whether its worker or process is gone: Prefect says so of one that had begun, and of no other."""
-    if run.state is None:
-        return False
-    if run.state.type == StateType.PENDING:
-        return time.time() - run.state.timestamp.timestamp() > PENDING_S
-    return run.state.type == StateType.CRASHED
-
-
-def _ended(run: FlowRun) -> Ended:
-    assert run.state
-    where = (run.infrastructure_pid or "a worker").partition(":")[0]
-    return Ended(where, run.state.message or "", run.state.is_completed())

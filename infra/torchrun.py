@@ -19,7 +19,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, model_validator, validate_call
 from pydantic_core import to_jsonable_python
 
-from infra.settings import environment, settings
+from infra.settings import environment, outer, settings
 
 ROOT = Path(__file__).parents[1]
 PR_SET_PDEATHSIG = 1
@@ -121,7 +121,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     module, _, name = request["function"].partition(":")
     call = getattr(importlib.import_module(module), name)
-    arguments, first = request["arguments"], os.environ["RANK"] == "0"
+    arguments, first = request["arguments"], outer("RANK") == "0"
     if first and "report" in inspect.signature(call).parameters:
         arguments["report"] = _report
     try:

@@ -20,7 +20,7 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from infra.automations import create_automations, dead_runs, put
+from infra.automations import create_automations, dead_runs, never_begun, put
 from infra.services.addresses import FIRST_PORTS, at, free_ports
 from infra.services.processes import marked
 from tests.flows.recipes import ONNXRUNTIME
@@ -162,6 +162,20 @@ def test_runs_in_trouble_are_told_and_a_limit_that_is_missing_is_trouble(product
     wait_until(lambda: production.state(run)["name"] in ENDED, what="the run to fail")
     wait_until(lambda: "hold: Failed" in "".join(told), what="the notification")
     assert "nowhere" in next(text for text in told if text.startswith("hold: Failed"))
+
+
+def test_a_run_that_its_worker_never_begins_counts_as_crashed(production, small):
+    """As when a worker dies while it starts the run. The automation is this test's own: others may wait for longer."""
+    here = {PREFECT_API_URL: production.servers.prefect_api_url}
+    here[PREFECT_API_AUTH_STRING] = f"slimline:{production.secrets['prefect']}"
+    with temporary_settings(here), get_client(sync_client=True) as client:
+        put(client, never_begun(timedelta(seconds=10)))
+        parent = {"run_id": "none", "experiment": "none"}
+        run = production.run("make-candidate/idle", name="int8", recipe=small, parent=parent)
+        production.prefect(f"flow_runs/{run}/set_state", {"state": {"type": "PENDING", "name": "Pending"}})
+        wait_until(lambda: production.state(run)["name"] == "Crashed", 120, "the run to count as crashed")
+        put(client, never_begun())
+    assert "A worker took this run 10 s ago and did not begin it" in production.state(run)["message"]
 
 
 def test_servers_and_workers_offer_their_figures(production):
