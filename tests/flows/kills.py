@@ -168,7 +168,7 @@ class Lane:
         during_a_stage = self.random.random() < DURING_STAGES
         time.sleep(self.random.uniform(0.2, BETWEEN_KILLS_S))
         while during_a_stage and self.completed() is None and not {"stage", "trainer"} & self.present().keys():
-            time.sleep(0.1)
+            time.sleep(0.3)
         return self.completed() is None
 
     def slimline(self, *arguments: str) -> "subprocess.Popen[bytes]":
