@@ -158,8 +158,10 @@ def create_automations(client: SyncPrefectClient, notification_block: str | None
 
 
 def put(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Create it, or change the one of its name."""
+    """Create it, or change the one of its name where it differs: a changed one forgets the runs it waits for."""
     found: list[Automation] = client.read_automations_by_name(automation.name)  # type: ignore[assignment]
+    if found and found[0].model_dump(exclude={"id"}) == automation.model_dump():
+        return
     if found:
         assert found[0].id
         client.update_automation(found[0].id, automation)

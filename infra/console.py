@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever listened is gone, as a worker that was killed; what runs goes on without a word."""
+        self.quiet = True
+
+
+console = _Console(stderr=True, highlight=False)
 SHOWN = ("loss", "perplexity", "tokens_per_s")
 QUIET_INTERVAL_S = 30.0
 

@@ -175,6 +175,8 @@ def prefect(plan: Plan) -> Program:
         **_prefect_database(plan),
         "PREFECT_LOGGING_LEVEL": "INFO",
         "PREFECT_SERVER_METRICS_ENABLED": "true",
+        # In memory they end with the server, and runs that hold a slot end with them.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_UI_STATIC_DIRECTORY": str(plan.home / "prefect" / "ui"),  # else it writes into site-packages
     }
     return Program("prefect", command, variables)
