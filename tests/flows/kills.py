@@ -1,6 +1,6 @@
 """Random SIGKILLs over many short flow runs, and what is left afterwards, counted.
 
-    python -m tests.flows.kills --kills 200 --on-stack 70 --seed 0
+    python -m tests.flows.kills --kills 200 --on-stack 60 --seed 0
 
 Every run is a real one of the tiny model. Some are started by the command line, as without any server; in the lane "on
 the stack" they are asked for by Prefect's API and run by the worker of `slimline up`, with files in its S3 server. At
@@ -37,15 +37,16 @@ from tests.flows.command_line import ROOT
 from tests.flows.recipes import RTN_8, data, short
 from tests.infra.asking import ask_json, wait_until
 
-KILLS_PER_RUN = (4, 14)
+KILLS_PER_RUN = (6, 16)
 """So many, drawn anew for each run; one that is faster than its kills completes with fewer."""
 MAX_STARTS = 15
 BETWEEN_KILLS_S = 4.0
 DURING_STAGES = 0.9
 """Of the kills; the others may hit imports, or what lies between stages."""
 LOST_S = 300.0
-"""After which a run that nobody runs, and that nobody says so of, is stuck: three times what docs promise."""
-OF_RUNS = {"flow": 3, "stage": 5, "trainer": 3, "fork server": 2, "Prefect server in the run": 1, "everything": 1}
+"""After which a run that nobody runs, and that nobody says so of, is stuck: three times what docs promise of one that
+had begun. One that its worker never began is crashed after half an hour; a person does not wait for that."""
+OF_RUNS = {"flow": 2, "stage": 6, "trainer": 3, "fork server": 2, "Prefect server in the run": 1, "everything": 1}
 """What is killed, where it is there, and how often relative to each other."""
 
 
@@ -306,7 +307,8 @@ class Stack(Lane):
         elif self.silent_since is None:
             self.silent_since = time.monotonic()
         elif time.monotonic() - self.silent_since > LOST_S:
-            self.found.incomplete.append(f"run {self.found.runs} stays {name}, and nothing of it runs")
+            if name == "Running":
+                self.found.incomplete.append(f"run {self.found.runs} stays {name}, and nothing of it runs")
             return False
         return None
 
@@ -463,7 +465,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--on-stack", type=int, default=70, help="of them on the stack of `slimline up`")
+    parser.add_argument("--on-stack", type=int, default=60, help="of them on the stack of `slimline up`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lanes", type=int, default=2, help="runs without servers side by side, each in its own home")
     parser.add_argument("--keep", action="store_true", help="the homes, to look at")
