@@ -9,6 +9,7 @@ from uuid import UUID
 
 from httpx import HTTPError
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import State
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -59,7 +60,9 @@ def run_everywhere(deployment: str, calls: Mapping[str, Mapping[str, Any]], *, k
                             raise InfrastructureError(f"{name} could not be made by the workers: {state.message}")
                         console.print(f"  [yellow]again[/]  {name}: ", end="")
                         console.print(state.message, markup=False, soft_wrap=True)
-                        again = Scheduled(datetime.now(UTC) + RETRY_AFTER, name="AwaitingRetry")
+                        again: State[None] = Scheduled(
+                            scheduled_time=datetime.now(UTC) + RETRY_AFTER, name="AwaitingRetry"
+                        )
                         client.set_flow_run_state(run.id, again, force=True)
                     elif state and state.is_final():
                         where = (run.infrastructure_pid or "a worker").partition(":")[0]
