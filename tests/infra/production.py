@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import boto3
 import psutil
 import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra.services import Addresses, postgres
 from infra.services.processes import MARK, kill
@@ -96,6 +99,14 @@ class Production:
     def prefect(self, path: str, body: Any = None) -> Any:
         headers = {"Authorization": _basic("slimline", self.secrets["prefect"])}
         return _content(f"{self.servers.prefect_api_url}/{path}", body, headers)
+
+    @contextmanager
+    def prefect_client(self) -> Iterator[SyncPrefectClient]:
+        """Prefect's own, which knows its types."""
+        here = {PREFECT_API_URL: self.servers.prefect_api_url}
+        here[PREFECT_API_AUTH_STRING] = f"slimline:{self.secrets['prefect']}"
+        with temporary_settings(here), get_client(sync_client=True) as client:
+            yield client
 
     def run(self, deployment: str, **parameters: Any) -> str:
         """The id of a new flow run of a deployment, FLOW/NAME."""

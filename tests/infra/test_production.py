@@ -17,8 +17,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from infra.automations import create_automations, dead_runs, never_begun, put
 from infra.services.addresses import FIRST_PORTS, at, free_ports
@@ -84,9 +82,7 @@ def told(production) -> Iterator[list[str]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = {PREFECT_API_URL: production.servers.prefect_api_url}
-    here[PREFECT_API_AUTH_STRING] = f"slimline:{production.secrets['prefect']}"
-    with temporary_settings(here), get_client(sync_client=True) as client:
+    with production.prefect_client() as client:
         url = f"http://127.0.0.1:{server.server_port}"
         block = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}}\n{{body}}"})
         block.save("team")
@@ -166,9 +162,7 @@ def test_runs_in_trouble_are_told_and_a_limit_that_is_missing_is_trouble(product
 
 def test_a_run_that_its_worker_never_begins_counts_as_crashed(production, small):
     """As when a worker dies while it starts the run. The automation is this test's own: others may wait for longer."""
-    here = {PREFECT_API_URL: production.servers.prefect_api_url}
-    here[PREFECT_API_AUTH_STRING] = f"slimline:{production.secrets['prefect']}"
-    with temporary_settings(here), get_client(sync_client=True) as client:
+    with production.prefect_client() as client:
         put(client, never_begun(timedelta(seconds=10)))
         parent = {"run_id": "none", "experiment": "none"}
         run = production.run("make-candidate/idle", name="int8", recipe=small, parent=parent)
@@ -176,6 +170,22 @@ def test_a_run_that_its_worker_never_begins_counts_as_crashed(production, small)
         wait_until(lambda: production.state(run)["name"] == "Crashed", 120, "the run to count as crashed")
         put(client, never_begun())
     assert "A worker took this run 10 s ago and did not begin it" in production.state(run)["message"]
+
+
+def test_deploying_again_forgets_no_run_that_is_waited_for(production):
+    """An automation that is changed, also to the same, begins anew: runs that died before would stay Running."""
+
+    def changed_at() -> dict[str, str]:
+        return {found["name"]: found["updated"] for found in production.prefect("automations/filter", {})}
+
+    before = changed_at()
+    with production.prefect_client() as client:
+        put(client, dead_runs(SILENCE))
+        put(client, never_begun())
+        assert changed_at() == before
+        put(client, never_begun(timedelta(minutes=1)))
+        assert changed_at() != before
+        put(client, never_begun())
 
 
 def test_servers_and_workers_offer_their_figures(production):

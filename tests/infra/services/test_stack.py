@@ -184,9 +184,23 @@ def test_what_dies_is_started_again(started, home):
     assert re.search(r"mlflow ended with SIGKILL: .*\. It is started again\.", said)
 
 
+@pytest.mark.servers
+def test_a_slot_that_a_run_holds_outlives_prefects_server(started):
+    limits = f"{started.prefect_api_url}/v2/concurrency_limits"
+    ask_json(f"{limits}/", {"name": "held", "limit": 1})
+    asked = {"names": ["held"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
+    lease = ask_json(f"{limits}/increment-with-lease", asked)["lease_id"]
+    (server,) = servers(started, "prefectserver")
+    server.kill()
+    wait_until(lambda: servers(started, "prefectserver") not in ([], [server]), 60)
+    wait_until(lambda: ask_json(f"{limits}/held"), what="Prefect again")
+    assert ask(f"{limits}/leases/{lease}/renew", {"lease_duration": 300})[0] == 204  # else the run would be ended
+    assert ask_json(f"{limits}/held")["active_slots"] == 1
+
+
 def servers(started: Services, name: str) -> list[psutil.Process]:
     """The processes of that program which the supervisor started itself."""
-    return [p for p in psutil.Process(started.pid).children() if name in "".join(cmdline(p)[:3])]
+    return [p for p in psutil.Process(started.pid).children() if name in "".join(cmdline(p)[:4])]
 
 
 @pytest.mark.servers
