@@ -37,16 +37,16 @@ from tests.flows.command_line import ROOT
 from tests.flows.recipes import RTN_8, data, short
 from tests.infra.asking import ask_json, wait_until
 
-KILLS_PER_RUN = (6, 16)
+KILLS_PER_RUN = (10, 30)
 """So many, drawn anew for each run; one that is faster than its kills completes with fewer."""
 MAX_STARTS = 15
-BETWEEN_KILLS_S = 4.0
+BETWEEN_KILLS_S = 3.0
 DURING_STAGES = 0.9
 """Of the kills; the others may hit imports, or what lies between stages."""
 LOST_S = 300.0
 """After which a run that nobody runs, and that nobody says so of, is stuck: three times what docs promise of one that
 had begun. One that its worker never began is crashed after half an hour; a person does not wait for that."""
-OF_RUNS = {"flow": 2, "stage": 6, "trainer": 3, "fork server": 2, "Prefect server in the run": 1, "everything": 1}
+OF_RUNS = {"flow": 4, "stage": 16, "trainer": 8, "fork server": 4, "Prefect server in the run": 1, "everything": 1}
 """What is killed, where it is there, and how often relative to each other."""
 
 
@@ -254,7 +254,7 @@ class Lane:
 class Stack(Lane):
     """Runs by the worker of `slimline up`."""
 
-    victims: ClassVar = OF_RUNS | {"S3": 3, "MLflow": 3, "Prefect": 3, "worker": 2, "supervisor": 1}
+    victims: ClassVar = OF_RUNS | {"S3": 5, "MLflow": 5, "Prefect": 4, "worker": 3, "supervisor": 1}
 
     def __init__(self, home: Path, source: Path, seed: int) -> None:
         super().__init__(home, source, seed)
