@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -37,7 +38,7 @@ from tests.flows.command_line import ROOT
 from tests.flows.recipes import RTN_8, data, short
 from tests.infra.asking import ask_json, wait_until
 
-KILLS_PER_RUN = (10, 30)
+KILLS_PER_RUN = (10, 24)
 """So many, drawn anew for each run; one that is faster than its kills completes with fewer."""
 MAX_STARTS = 15
 BETWEEN_KILLS_S = 3.0
@@ -50,19 +51,21 @@ OF_RUNS = {"flow": 4, "stage": 16, "trainer": 8, "fork server": 4, "Prefect serv
 """What is killed, where it is there, and how often relative to each other."""
 
 
-def recipe(source: Path, seed: int) -> dict:
-    """A training among short stages, and a registration; another seed makes all but the first stage again."""
+def recipe(source: Path, number: int) -> dict:
+    """A training among short stages, and a registration; another number makes most of them again, and not the data."""
     training = {"max_steps": 40, "batch_size": 4, "gradient_accumulation_steps": 1, "save_every_steps": 4}
+    training["learning_rate"] = 1e-4 * (1 + number / 1000)
     student = {"distillation": {"student": {"layers": 2}, "training": training}, "quantization": RTN_8}
-    return short(
+    content = short(
         "kills",
         source,
-        seed=seed,
         data=data(training_tokens=20_000),
         candidates={"int8": {"quantization": RTN_8}, "student": student},
         # Killed more often than anybody would go on by default
         execution={"retries": {"first_delay_s": 0.1, "crash": 10, "out_of_memory": 10}},
     )
+    content["validation"]["quality"]["greedy_tokens"] = 2 + number
+    return content
 
 
 @dataclass
@@ -121,13 +124,13 @@ class Lane:
         self.home, self.source = home.resolve(), source
         self.random = random.Random(seed)
         self.found = Found()
-        self.first_seed = 1000 * seed
+        self.until = math.inf
         self.home.mkdir(parents=True, exist_ok=True)
         self.process: subprocess.Popen[bytes] | None = None
 
     def disturb(self, kills: int) -> Found:
-        """As many kills, over as many runs as that takes; then what is left."""
-        while (missing := kills - self.found.kills.total()) > 0:
+        """As many kills, over as many runs as that takes, or none `until` then any more; then what is left."""
+        while (missing := kills - self.found.kills.total()) > 0 and time.monotonic() < self.until:
             self.one_run(min(self.random.randint(*KILLS_PER_RUN), missing))
         self.look()
         return self.found
@@ -136,12 +139,12 @@ class Lane:
         """A run that is killed `kills` times at most, and completes."""
         self.found.runs += 1
         number = self.found.runs
-        content = recipe(self.source, self.first_seed + number)
+        content = recipe(self.source, number)
         for attempt in range(MAX_STARTS):
             self.found.starts += 1
             self.start(number, content, again=attempt > 0)
             while (completed := self.completed()) is None:
-                if kills and self.waited_for_a_moment():
+                if kills and time.monotonic() < self.until and self.waited_for_a_moment():
                     kills -= self.kill()
                 else:
                     time.sleep(0.3)
@@ -429,7 +432,7 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def disturb(source: Path, home: Path, kills: int, on_stack: int, seed: int, lanes: int) -> Found:
+def disturb(source: Path, home: Path, kills: int, on_stack: int, seed: int, lanes: int, minutes: float) -> Found:
     """`kills` in all: `on_stack` of them there, the others over `lanes` lanes beside it; each has a home of its own."""
     alone = kills - on_stack
     shares = [alone // lanes + (lane < alone % lanes) for lane in range(lanes)]
@@ -442,6 +445,7 @@ def disturb(source: Path, home: Path, kills: int, on_stack: int, seed: int, lane
     failed: list[BaseException] = []
 
     def work(lane: Lane, share: int) -> None:
+        lane.until = time.monotonic() + 60 * minutes
         try:
             lane.disturb(share)
         except BaseException as error:  # noqa: BLE001  the others go on, and then it is raised
@@ -468,6 +472,7 @@ def main() -> None:
     parser.add_argument("--on-stack", type=int, default=60, help="of them on the stack of `slimline up`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lanes", type=int, default=2, help="runs without servers side by side, each in its own home")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing is killed any more")
     parser.add_argument("--keep", action="store_true", help="the homes, to look at")
     parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -482,7 +487,7 @@ def main() -> None:
     source = home / "tiny"
     write_tiny_checkpoint(source)
     started_at = time.monotonic()
-    found = disturb(source, home, options.kills, options.on_stack, options.seed, options.lanes)
+    found = disturb(source, home, options.kills, options.on_stack, options.seed, options.lanes, options.minutes)
     bad = {name: faults for name, faults in found.faults().items() if faults}
     lines = [found.said(), f"{time.monotonic() - started_at:.0f} s, seed {options.seed}, {options.lanes} lanes"]
     lines.append(json.dumps(bad, indent=1) if bad else "nothing amiss")
