@@ -65,7 +65,8 @@ def run_everywhere(deployment: str, calls: Mapping[str, Mapping[str, Any]], *, k
                         )
                         client.set_flow_run_state(run.id, again, force=True)
                     elif state and state.is_final():
-                        where = (run.infrastructure_pid or "a worker").partition(":")[0]
+                        host, colon, _ = (run.infrastructure_pid or "").partition(":")
+                        where = host if colon else "a worker"  # process workers of Prefect 3.8 give a number alone
                         yield waiting.pop(run.id), Ended(where, state.message or "", state.is_completed())
                 time.sleep(POLL_S if waiting else 0)
         finally:
