@@ -1,6 +1,13 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from infra.settings import environment, settings
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +62,11 @@ def test_a_setting_of_the_store_that_would_be_ignored_or_is_none_is_refused(vari
 def test_a_store_is_named_without_a_slash_at_its_end(monkeypatch):
     monkeypatch.setenv("SLIMLINE_STORE", "s3://bucket/team/")
     assert settings().store == "s3://bucket/team"
+
+
+def test_a_registered_version_bears_settings_that_are_newer_than_its_code(tmp_path):
+    shutil.copytree(ROOT / "infra", tmp_path / "infra")
+    code = "from infra.settings import settings; print(settings().home)"
+    env = environment(SLIMLINE_HOME=str(tmp_path), SLIMLINE_INVENTED_LATER="1", PYTHONPATH=None)
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert told.stdout.strip() == str(tmp_path), told.stderr
