@@ -269,18 +269,21 @@ def measured(resumed, production, tiny_checkpoint) -> dict[str, str]:
     return runs
 
 
+@pytest.mark.real  # minutes
 def test_a_registered_version_is_measured_by_benchmark_and_anew_by_nightly(measured, production):
     stages = {}
     for deployment, run in measured.items():
         assert production.state(run)["name"] == "Completed", production.log("worker-cpu")[-3000:]
         below = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
         (inner,) = production.prefect("flow_runs/filter", below)
-        states = production.task_states(inner["id"])
-        stages[deployment] = {name.rpartition("-")[0]: found for name, found in states.items()}
-    assert stages["benchmark"].keys() == stages["nightly"].keys() > {"measure-quality", "measure-speed"}
+        stages[deployment] = production.task_states(inner["id"])
+    assert (
+        stages["benchmark"].keys() == stages["nightly"].keys() > {"quality-tiny-candidate/onnxruntime", "measure-speed"}
+    )
     assert {state for states in stages["nightly"].values() for state in states} == {"Completed"}  # found just before
 
 
+@pytest.mark.real  # minutes
 def test_every_measurement_is_a_run_in_mlflow_with_its_verdict(measured, production):
     query = {"experiment_ids": [_experiment(production)], "filter": "tags.bundle = 'models:/tiny@candidate'"}
     runs = production.mlflow("api/2.0/mlflow/runs/search", query)["runs"]
@@ -291,6 +294,7 @@ def test_every_measurement_is_a_run_in_mlflow_with_its_verdict(measured, product
         assert figures["winner.perplexity"] > 1
 
 
+@pytest.mark.real  # minutes
 def test_candidates_are_made_by_the_workers_of_a_pool_and_again_where_one_dies(production, small):
     for machine in ("left", "right"):
         production.start_worker("candidates", machine)
