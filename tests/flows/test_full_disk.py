@@ -50,15 +50,16 @@ def test_a_flow_whose_disk_fills_up_ends_with_what_is_free_and_leaves_nothing_ha
     ran = small_disk(home, "40m", *command, SLIMLINE_HOME=str(home), COLUMNS="200", PYTHONPATH=str(ROOT))
     said = ran.stdout.splitlines()
     assert "exit code 1" in said, ran.stderr
-    # Compiling, as a rule; on a slow machine the databases grow, and the stage before it finds no room.
-    assert re.search(r"error original\S* [a-z-]+ could not be finished\. The disk is full", ran.stderr), ran.stderr
+    # Compiling, as a rule; on a slow machine the databases grow, and a stage before it finds no room.
+    ended = re.search(r"error original\S* ([a-z-]+) could not be finished\. The disk is full", ran.stderr)
+    assert ended, ran.stderr
     assert f"MiB are free at {home}" in ran.stderr
     assert "REJECT" not in ran.stdout
     assert "Traceback" not in ran.stderr
     assert "left:" in said
     assert "whole" in said
     cached = [line.split("  ")[0] for line in said if line.rstrip().endswith("cached")]
-    assert "original import-checkpoint" in cached
+    assert ended[1] == "import-checkpoint" or "original import-checkpoint" in cached, ran.stderr
 
 
 def test_a_home_that_may_not_be_written_is_named(recipe, tmp_path):
