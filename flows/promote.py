@@ -1,28 +1,18 @@
 """The flow that a release team starts to make a version the champion: it waits, without a process, for an approval."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.approval import Approval, Text
 from flows.approving import Refused, Revalidate, answer, ask, briefing, is_own
 from flows.releasing import carry_out, is_approved, outcome, settle
 from infra.ledger import Entry
-
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Approval(RunInput):
-    """What an approver fills in."""
-
-    decision: Literal["approve", "refuse"] = "refuse"
-    who: Text
-    why: Text
 
 
 @flow(name="promote", flow_run_name="promote-{model}-{version}", validate_parameters=True, persist_result=False)
