@@ -16,6 +16,7 @@ class Ending:
 
     name = "compile"
     cache_policy = NO_CACHE
+    refresh_cache = None
 
     def __init__(self, error: Exception) -> None:
         self.error = error
