@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,6 +21,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Groups of tests run beside each other: their timed stages do not wait for those of the others.
 os.environ["SLIMLINE_MACHINE_LOCK"] = str(Path(tempfile.gettempdir()) / f"slimline-tests-{os.getpid()}" / "lock")
 atexit.register(shutil.rmtree, Path(os.environ["SLIMLINE_MACHINE_LOCK"]).parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_is_each_files_own() -> Iterator[None]:
+    """What a command of ours that ran in this process told Prefect and MLflow is not inherited by later tests' runs."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
