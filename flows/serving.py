@@ -8,7 +8,6 @@ PyTorch models and of tables. What a request asks for and this cannot do is refu
 
 import asyncio
 import json
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
+from infra.listening import listening
 from tasks.engines.text import Answer, Sampling, TextGenerator
 
 
@@ -275,13 +275,7 @@ def run(generator: TextGenerator, name: str, *, host: str, port: int, max_concur
     Raises:
         OSError: the port is taken.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; name another with --port", f"{host}:{port}") from error
-        listener.listen()  # from here on clients wait and are not refused
+    with listening(host, port) as listener:
         base = f"http://{host}:{listener.getsockname()[1]}"
         typer.echo(f"{name} is served at {base}/v1 (OpenAI's interface); stop with Ctrl-C")
         config = uvicorn.Config(build(generator, name, max_concurrent=max_concurrent), log_level="warning")

@@ -74,23 +74,13 @@ def never_begun(within: timedelta = BEGUN_WITHIN) -> AutomationCore:
 
 def runs_in_trouble(block_id: Any) -> AutomationCore:
     """Failed, crashed and late runs are told to the notification block."""
-    return AutomationCore(
-        name="slimline: a run in trouble is told",
-        description="By the block that SLIMLINE_NOTIFICATION_BLOCK named at the last deploy.",
-        trigger=EventTrigger(
-            posture=Posture.Reactive,
-            expect={f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Late")},
-            match=FLOW_RUNS,  # type: ignore[arg-type]
-            threshold=1,
-        ),
-        actions=[
-            SendNotification(
-                block_document_id=block_id,
-                subject="{{ flow.name }}: {{ flow_run.state.name }}",
-                body="{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
-                "{{ flow_run|ui_url }}",
-            )
-        ],
+    return _told(
+        block_id,
+        "a run in trouble is told",
+        {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Late")},
+        FLOW_RUNS,
+        subject="{{ flow.name }}: {{ flow_run.state.name }}",
+        body="{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
     )
 
 
@@ -116,22 +106,29 @@ def new_candidates(deployment_id: Any) -> AutomationCore:
 
 def new_champions(block_id: Any) -> AutomationCore:
     """A version that gets the alias `champion` is told to the notification block."""
+    return _told(
+        block_id,
+        "a new champion is told",
+        {ALIAS_SET},
+        {**MODELS, "mlflow.alias": "champion"},
+        subject="{{ event.payload.name }}: version {{ event.payload.version }} is the champion",
+        body="MLflow's alias champion of {{ event.payload.name }} names version {{ event.payload.version }}.",
+    )
+
+
+def _told(
+    block_id: Any, what: str, expect: set[str], match: dict[str, str], *, subject: str, body: str
+) -> AutomationCore:
     return AutomationCore(
-        name="slimline: a new champion is told",
+        name=f"slimline: {what}",
         description="By the block that SLIMLINE_NOTIFICATION_BLOCK named at the last deploy.",
         trigger=EventTrigger(
             posture=Posture.Reactive,
-            expect={ALIAS_SET},
-            match={**MODELS, "mlflow.alias": "champion"},
+            expect=expect,
+            match=match,  # type: ignore[arg-type]
             threshold=1,
         ),
-        actions=[
-            SendNotification(
-                block_document_id=block_id,
-                subject="{{ event.payload.name }}: version {{ event.payload.version }} is the champion",
-                body="MLflow's alias champion of {{ event.payload.name }} names version {{ event.payload.version }}.",
-            )
-        ],
+        actions=[SendNotification(block_document_id=block_id, subject=subject, body=body)],
     )
 
 

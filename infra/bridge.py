@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import logging
-import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from prefect.events import Event, Resource
 from prefect.events.clients import get_events_client
 
+from infra.listening import listening
 from infra.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -135,15 +135,8 @@ def run(host: str, port: int, secret: str) -> None:
     Raises:
         OSError: the port is taken.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; name another with --port", f"{host}:{port}") from error
-        listener.listen()
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(build(secret), log_level="warning")).run(sockets=[listener])
+    with listening(host, port) as listener, suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(build(secret), log_level="warning")).run(sockets=[listener])
 
 
 def webhook_of(url: str) -> dict[str, Any]:

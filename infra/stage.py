@@ -91,13 +91,12 @@ def run_stage(
             if computed:
                 run.set_tags({"slimline.computed": "by an attempt that was ended before it was recorded"})
             else:
-                call = function, arguments
                 if together and parent.training.processes > 1:
-                    call = _together(function, arguments, parent.training)
+                    function, arguments = _together(function, arguments, parent.training)
                 try:
                     _, finished = run_isolated(
-                        call[0],
-                        {**call[1], "out": out},
+                        function,
+                        {**arguments, "out": out},
                         result=result,
                         log_path=settings().home / "logs" / f"{run.run_id}.log",
                         on_progress=on_progress,

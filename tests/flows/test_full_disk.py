@@ -12,9 +12,9 @@ import yaml
 
 from flows import reporting
 from infra.artifacts import new_directory, publish
-from infra.settings import settings
 from tests.flows.command_line import ROOT
 from tests.flows.recipes import ONNXRUNTIME, data
+from tests.homes import home_at
 
 
 @pytest.fixture
@@ -77,11 +77,9 @@ def test_a_home_that_may_not_be_written_is_named(recipe, tmp_path):
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
-    settings.cache_clear()
-    yield tmp_path / "home"
-    settings.cache_clear()
+def home(tmp_path):
+    with home_at(tmp_path / "home") as where:
+        yield where
 
 
 def no_room(*_: object, **__: object) -> None:

@@ -15,6 +15,7 @@ from infra.ledger import entries
 from infra.settings import environment, settings
 from infra.tracking import client, end_flow, start_flow
 from tests.flows.released import ROOT, compiled, register
+from tests.homes import home_at
 from tests.infra.asking import ask_json, end_group, unused_port, wait_until
 
 pytestmark = [pytest.mark.servers, pytest.mark.real]
@@ -22,12 +23,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.real]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    where = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMLINE_HOME", str(where))
-        settings.cache_clear()
+    with home_at(tmp_path_factory.mktemp("home")) as where:
         yield where
-    settings.cache_clear()
 
 
 @pytest.fixture(scope="module")

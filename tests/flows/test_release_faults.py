@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from infra.settings import environment, settings
+from infra.settings import environment
 from tests.flows.release_processes import PROMOTION, RETURN, ROLLBACK
 from tests.flows.released import ROOT, compiled, several
+from tests.homes import home_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    where = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMLINE_HOME", str(where))
-        settings.cache_clear()
+    with home_at(tmp_path_factory.mktemp("home")) as where:
         yield where
-    settings.cache_clear()
 
 
 @pytest.fixture(scope="module")

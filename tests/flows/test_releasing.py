@@ -345,17 +345,23 @@ def test_the_command_line_asks_approves_and_tells(model):
     assert "Nothing was released of 'nobody'. There is a ledger of: " in said.stderr
 
 
-def test_what_a_process_that_is_gone_has_started_is_finished(model, monkeypatch):
-    asked = request(model, "1")
+def left_untested(model: str, version: str) -> Entry:
+    """An approved promotion that ended after the alias had moved, and before the model was asked."""
+    asked = request(model, version)
     answer(asked, who="ben", why="fine", approve=True)
 
     def end(*_: object) -> None:
         raise ConnectionError("MLflow does not answer")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(releasing, "smoke_test", end)
         with pytest.raises(ConnectionError):
             carry_out(asked)
+    return asked
+
+
+def test_what_a_process_that_is_gone_has_started_is_finished(model):
+    asked = left_untested(model, "1")
     assert aliases(model) == {"champion": "1"}
     assert any("was not finished" in finding.said for finding in examine(model) if finding.is_problem)
     assert settle(model).what == "promoted"
@@ -364,18 +370,9 @@ def test_what_a_process_that_is_gone_has_started_is_finished(model, monkeypatch)
     assert whats(model).count(("promoted", "1")) == 1
 
 
-def test_a_rollback_does_not_wait_for_what_was_not_tested(model, second, monkeypatch):
+def test_a_rollback_does_not_wait_for_what_was_not_tested(model, second):
     promote(model, "1")
-    asked = request(model, "2")
-    answer(asked, who="ben", why="fine", approve=True)
-
-    def end(*_: object) -> None:
-        raise ConnectionError("MLflow does not answer")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(releasing, "smoke_test", end)
-        with pytest.raises(ConnectionError):
-            carry_out(asked)
+    left_untested(model, "2")
     assert aliases(model) == {"champion": "2"}
     back = roll_back(model, who="ada", why="it hangs")
     assert (back.version, back.replaces) == ("1", "2")

@@ -11,17 +11,16 @@ import pytest
 from infra import ledger, s3
 from infra.ledger import BrokenLedger, append, append_after, entries
 from infra.settings import environment, settings
+from tests.homes import home_at
 from tests.infra.fault_proxy import LoseAnswer, fault_proxy
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Iterator[Path]:
-    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
-    settings.cache_clear()
-    yield tmp_path / "home"
-    settings.cache_clear()
+def home(tmp_path):
+    with home_at(tmp_path / "home") as where:
+        yield where
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from infra.tracking import StageResult, client, lineage, stage_run, start_flow
 from tasks.engines import OnnxRuntime
 from tasks.engines.compiling import compile_engine, load_generator
 from tasks.engines.text import Sampling
+from tests.homes import home_at
 from tests.infra.asking import ask, ask_json, unused_port, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -44,12 +45,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory):
-    where = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMLINE_HOME", str(where))
-        settings.cache_clear()
+    with home_at(tmp_path_factory.mktemp("home")) as where:
         yield where
-    settings.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from infra.failures import explain
 from infra.ledger import Entry, entries
 from infra.settings import environment, settings
 from tests.flows.released import compiled, several
+from tests.homes import home_at
 from tests.infra.asking import ask as ask_server
 from tests.infra.asking import end_group, unused_port, wait_until
 from tests.infra.fault_proxy import Answer, FaultProxy, fault_proxy
@@ -24,12 +25,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("ignore::Deprecati
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    where = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMLINE_HOME", str(where))
-        settings.cache_clear()
+    with home_at(tmp_path_factory.mktemp("home")) as where:
         yield where
-    settings.cache_clear()
 
 
 @pytest.fixture(scope="module")

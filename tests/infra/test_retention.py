@@ -1,6 +1,5 @@
 import os
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,16 +13,15 @@ from infra.retention import delete, unneeded
 from infra.settings import settings
 from infra.tracking import Parent, StageResult, client, end_flow, stage_run, start_flow
 from tests.flows.released import CODE
+from tests.homes import home_at
 
 DAY = timedelta(days=1)
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Iterator[Path]:
-    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
-    settings.cache_clear()
-    yield tmp_path / "home"
-    settings.cache_clear()
+def home(tmp_path):
+    with home_at(tmp_path / "home") as where:
+        yield where
 
 
 def made(parent: Parent, text: str, *inputs: StageResult) -> StageResult:
