@@ -466,6 +466,8 @@ def verify(
         found = examine(model)
         for finding in found:
             typer.echo(finding.said)
+        if not found:
+            typer.echo("nothing was released yet, so there is nothing to verify")
     if any(finding.is_problem for finding in found):
         raise typer.Exit(Exit.FAILED)
 

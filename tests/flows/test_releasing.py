@@ -16,11 +16,11 @@ from flows.releasing import carry_out, roll_back, settle
 from infra import registry, releases
 from infra.ledger import Entry, entries
 from infra.releases import SmokeTestFailed
-from infra.settings import settings
 from infra.signing import Unverified
 from infra.standing import champions
 from infra.tracking import Parent, client, start_flow
 from tests.flows.released import CODE, compiled, publish_variant, register
+from tests.homes import home_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 RECIPE = '{"name": "tiny", "seed": 0}'
@@ -28,13 +28,9 @@ RECIPE = '{"name": "tiny", "seed": 0}'
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    where = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMLINE_HOME", str(where))
+    with pytest.MonkeyPatch.context() as patch, home_at(tmp_path_factory.mktemp("home")) as where:
         patch.setenv("COLUMNS", "200")
-        settings.cache_clear()
         yield where
-    settings.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +339,13 @@ def test_the_command_line_asks_approves_and_tells(model):
     said = runner.invoke(app, ["history", "nobody"])
     assert said.exit_code == 2
     assert "Nothing was released of 'nobody'. There is a ledger of: " in said.stderr
+
+
+def test_verifying_nothing_says_so(tmp_path):
+    with home_at(tmp_path):
+        said = CliRunner().invoke(app, ["verify"])
+    assert said.exit_code == 0, said.output
+    assert "nothing to verify" in said.stdout
 
 
 def left_untested(model: str, version: str) -> Entry:
