@@ -38,6 +38,7 @@ from infra.tracking import (
     Parent,
     StageResult,
     client,
+    every,
     experiment_ids,
     lineage,
     metric_name,
@@ -199,7 +200,7 @@ def _submitted(model: str | None, sha256: str | None = None) -> "list[LoggedMode
     query += f" and tags.registered_as = '{model}'" if model else ""
     query += f" and tags.sha256 = '{sha256}'" if sha256 else ""
     order = [{"field_name": "creation_timestamp", "ascending": True}]
-    return list(client().search_logged_models(experiments, query, order_by=order, max_results=1000))
+    return list(every(client().search_logged_models, experiments, query, order_by=order))
 
 
 def _permitted(call: Callable[[], Version]) -> Version | None:
@@ -486,7 +487,7 @@ def find_version(uri: str) -> "ModelVersion":
             return client().get_model_version_by_alias(name, parsed["alias"])
         return client().get_model_version(name, parsed["version"])
     except MlflowException as error:
-        known = sorted(m.name for m in client().search_registered_models())
+        known = sorted(m.name for m in every(client().search_registered_models))
         raise ValueError(
             f"There is no {uri}: {error.message.rstrip('.')}. Registered: {', '.join(known) or 'no model yet'}."
         ) from None
@@ -505,7 +506,7 @@ def find_model(name: str) -> "RegisteredModel":
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        known = ", ".join(sorted(each.name for each in client().search_registered_models())) or "no model yet"
+        known = ", ".join(sorted(each.name for each in every(client().search_registered_models))) or "no model yet"
         raise ValueError(f"There is no registered model {name!r}. Registered: {known}.") from None
 
 
@@ -650,7 +651,7 @@ def tell_of_changes(webhook: Mapping[str, Any]) -> None:
 def candidates() -> list[tuple[str, str, dict[str, str]]]:
     """Model, version and tags of every candidate that a flow registered."""
     found = []
-    for model in client().search_registered_models():
+    for model in every(client().search_registered_models):
         if CANDIDATE in model.aliases:
             version = client().get_model_version(model.name, model.aliases[CANDIDATE])
             if "verdict" in version.tags:

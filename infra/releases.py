@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from infra.artifacts import Artifact, Bucket, Home, Store, new_directory
 from infra.isolation import StageCrashed
 from infra.ledger import Entry, release_store
-from infra.registry import find_model, find_version, stored_version
+from infra.registry import find_model, find_version, note, stored_version
 from infra.settings import PREFIX, Settings, environment, settings
 from infra.signing import OF_MLFLOW, check, signature_of
 from infra.tracking import RunFacts, client, run_facts, tracking_uri
@@ -33,7 +33,7 @@ PROMPTS = ("The capital of France is", "def add(a, b):")
 SMOKE_TEST_S = 900.0
 """After which a version that has not answered does not answer."""
 SERVED_WITH = ("home", "signing_key", "trusted_keys", "threads")
-"""Settings that a champion is asked with: it brings code of its own time, which refuses settings it does not know."""
+"""Settings that a champion is asked with; others of ours (addresses, secrets) are not its business."""
 LEDGER = "slimline.ledger"
 """Tag of a registered model: number and digest of its last entry, by which entries cut off the end are missed."""
 
@@ -63,9 +63,8 @@ def unpoint(model: str, alias: str) -> None:
 
 def tell_registry(entry: Entry) -> None:
     """Write on the version's page what the ledger says of it, and on the model's where the ledger ends."""
-    tags = {f"release.{entry.what.replace(' ', '_')}": f"{entry.time:%Y-%m-%d %H:%M} UTC by {entry.who}: {entry.why}"}
-    for name, value in tags.items():
-        client().set_model_version_tag(entry.model, entry.version, name, value[:5000])
+    told = f"{entry.time:%Y-%m-%d %H:%M} UTC by {entry.who}: {entry.why}"[:5000]
+    note(entry.model, entry.version, {f"release.{entry.what.replace(' ', '_')}": told})
     client().set_registered_model_tag(entry.model, LEDGER, f"{entry.number} {entry.digest}")
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from infra import s3
 from infra.ledger import entries, models
 from infra.settings import settings
-from infra.tracking import client, experiment_ids, lineage
+from infra.tracking import client, every, experiment_ids, lineage
 
 Run = Any
 """MLflow's, which only infra/tracking.py and infra/registry.py import."""
@@ -59,32 +59,26 @@ def unneeded(older_than: timedelta) -> list[Unneeded]:
 
 
 def _kept_by_versions() -> Kept:
-    artifacts, flow_runs, token = set[str](), set[str](), None
-    while token != "":
-        page = client().search_model_versions(max_results=1000, page_token=token)
-        for version in page:
-            artifacts.add(version.tags.get("sha256", ""))
-            flow_runs.add(version.tags.get("flow_run", ""))
-            if "model_id" not in version.tags:
-                continue  # of other tools
-            for ancestor in lineage(f"models:/{version.name}/{version.version}"):
-                artifacts.add(ancestor.sha256 or "")
-                if ancestor.run_id:
-                    run = client().get_run(ancestor.run_id)
-                    flow_runs.add(run.data.tags.get("mlflow.parentRunId", ancestor.run_id))
-                    artifacts |= _artifacts_of(run)
-        token = page.token or ""
+    artifacts, flow_runs = set[str](), set[str]()
+    for version in every(client().search_model_versions):
+        artifacts.add(version.tags.get("sha256", ""))
+        flow_runs.add(version.tags.get("flow_run", ""))
+        if "model_id" not in version.tags:
+            continue  # of other tools
+        for ancestor in lineage(f"models:/{version.name}/{version.version}"):
+            artifacts.add(ancestor.sha256 or "")
+            if ancestor.run_id:
+                run = client().get_run(ancestor.run_id)
+                flow_runs.add(run.data.tags.get("mlflow.parentRunId", ancestor.run_id))
+                artifacts |= _artifacts_of(run)
     for model in models():
         artifacts |= {entry.sha256 for entry in entries(model)}
     return Kept(artifacts=frozenset(artifacts - {""}), flow_runs=frozenset(flow_runs - {""}))
 
 
 def _runs() -> Iterator[Run]:
-    token = None if (experiments := experiment_ids()) else ""
-    while token != "":
-        page = client().search_runs(experiments, "", max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
+    if experiments := experiment_ids():
+        yield from every(client().search_runs, experiments, "")
 
 
 def _ended(run: Run) -> datetime:
@@ -138,8 +132,7 @@ def delete(found: list[Unneeded], older_than: timedelta) -> int:
 
 
 def _delete_run(flow: str) -> None:
-    children = client().search_runs(experiment_ids(), f"tags.`mlflow.parentRunId` = '{flow}'", max_results=5000)
-    for run in children:
+    for run in list(every(client().search_runs, experiment_ids(), f"tags.`mlflow.parentRunId` = '{flow}'")):
         client().delete_run(run.info.run_id)
     client().delete_run(flow)
 

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 from pydantic import JsonValue
 
 from infra.settings import outer, shown
-from infra.tracking import ask, client, tracking_uri
+from infra.tracking import ask, client, every, tracking_uri
 
 Role = Literal["trainer", "releaser"]
 WORKSPACE = "default"
@@ -77,7 +77,7 @@ def _grant(role: Role, role_id: int) -> None:
 
 
 def _make_models(models: Sequence[str]) -> None:
-    there = {model.name for model in client().search_registered_models()}
+    there = {model.name for model in every(client().search_registered_models)}
     for model in models:
         if model not in there:
             client().create_registered_model(model)
@@ -85,7 +85,7 @@ def _make_models(models: Sequence[str]) -> None:
 
 def _let_read_only(name: str) -> list[str]:
     """Take from an account what it has of its own on registered models; their names."""
-    models = [model.name for model in client().search_registered_models()]
+    models = [model.name for model in every(client().search_registered_models)]
     for model in models:
         about = {"username": name, "resource_type": "registered_model", "resource_id": model}
         if _call("users/permissions/get", about)["permission"] in ALTERS:

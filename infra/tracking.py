@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -255,6 +255,15 @@ def experiment_id() -> str:
     return str(found.experiment_id)
 
 
+def every(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """All that a search of MLflow's client finds: it gives a page at a time, whose size differs by what is searched."""
+    token: str | None = None
+    while token != "":
+        page = search(*arguments, **options, max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
 def experiment_ids() -> list[str]:
     """The ids of the experiments that hold runs, for searches."""
     found = [client().get_experiment_by_name(name) for name in (EXPERIMENT, EXPERIMENT_OF_UP)]
@@ -458,7 +467,7 @@ def _find_flow(experiment: str, flow_run_id: str | None) -> Parent | None:
 
 
 def _search(experiments: Sequence[str], query: str) -> "list[Run]":
-    return list(client().search_runs(list(experiments), query, max_results=1000)) if experiments else []
+    return list(every(client().search_runs, list(experiments), query)) if experiments else []
 
 
 def _own_process() -> str:

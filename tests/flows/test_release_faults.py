@@ -47,6 +47,16 @@ def processes(home: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def killed(what: str, steps: tuple[str, ...], versions: Callable[[str, int], None], home: Path) -> list[dict]:
+    """What was found of a promotion or rollback per step at which it was killed, each of a model of its own."""
+    model = f"{what}-{len(steps)}"
+    for index in range(len(steps)):
+        versions(f"{model}-{index}", 2)
+    found = processes(home, what, model, *steps)
+    assert [each["step"] for each in found] == list(steps)
+    return found
+
+
 def check_killed(found: dict, steps: tuple[str, ...], old: str, new: str, what: str) -> None:
     """The old or the new one serves, and running it again completes it, once."""
     step, then, last = found["step"], found["then"], found["at_the_end"]
@@ -60,12 +70,7 @@ def check_killed(found: dict, steps: tuple[str, ...], old: str, new: str, what: 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [FEW, pytest.param(PROMOTION, marks=pytest.mark.real)], ids=["few", "all"])
 def test_a_promotion_that_is_killed_at_a_step_leaves_a_champion_and_is_completed(steps, versions, home):
-    model = f"promotion-{len(steps)}"
-    for index in range(len(steps)):
-        versions(f"{model}-{index}", 2)
-    found = processes(home, "promotion", model, *steps)
-    assert [each["step"] for each in found] == list(steps)
-    for each in found:
+    for each in killed("promotion", steps, versions, home):
         check_killed(each, PROMOTION, "1", "2", "promoted")
         assert each["again"] == {"value": "promoted"}, each
         assert each["at_the_end"]["previous"] == "1"
@@ -74,12 +79,7 @@ def test_a_promotion_that_is_killed_at_a_step_leaves_a_champion_and_is_completed
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [FEW[1:2], pytest.param(ROLLBACK, marks=pytest.mark.real)], ids=["few", "all"])
 def test_a_rollback_that_is_killed_at_a_step_leaves_a_champion_and_is_completed(steps, versions, home):
-    model = f"rollback-{len(steps)}"
-    for index in range(len(steps)):
-        versions(f"{model}-{index}", 2)
-    found = processes(home, "rollback", model, *steps)
-    assert [each["step"] for each in found] == list(steps)
-    for each in found:
+    for each in killed("rollback", steps, versions, home):
         check_killed(each, ROLLBACK, "2", "1", "rolled back")
         if each["step"] == "tell_registry":  # it was done, but for what MLflow's page says
             assert "has no earlier champion than version 1" in each["again"]["error"]

@@ -379,3 +379,11 @@ def in_group(process: psutil.Process, leader: int) -> bool:
         return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
         return False
+
+
+def test_models_beyond_a_page_of_mlflow_are_known_too(tmp_path):
+    with home_at(tmp_path):
+        for number in range(101):  # MLflow's page has 100
+            client().create_registered_model(f"model-{number:03}")
+        with pytest.raises(ValueError, match=r"model-000, .*model-100"):
+            registry.find_model("another")
